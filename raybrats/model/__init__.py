@@ -1,0 +1,1 @@
+"""Batch -> logits -> loss -> scores: torch and MONAI, no cluster."""

@@ -1,0 +1,1 @@
+"""MLflow model -> label NIfTI -> scores -> report."""

@@ -1,0 +1,1 @@
+"""Checkpoint -> MLflow model: the only part that speaks MLflow."""
