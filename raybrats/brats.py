@@ -1,7 +1,7 @@
 """The BraTS conventions: modalities, labels, regions, and how each edition names and numbers them.
 
-Sources: the editions' own file trees and papers (Menze et al. 2015, Bakas et al. 2018, Baid et al.
-2021, Adewole et al. 2023) and, for `msd`, dataset.json of the Medical Segmentation Decathlon's Task01.
+Sources: the editions' own file trees and papers (Menze et al. 2015, Bakas et al. 2018, Baid et
+al. 2021, Adewole et al. 2023) and, for `msd`, dataset.json of the Decathlon's Task01.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,9 @@ EDITIONS = MappingProxyType(
     {
         "2020": Edition("2020", _UNDERSCORE, "_", (1, 2, 4), "BraTS20_Training_{:03d}"),
         "2021": Edition("2021", _UNDERSCORE, "_", (1, 2, 4), "BraTS2021_{:05d}"),
-        "2023": Edition("2023", ("t2f", "t1n", "t1c", "t2w"), "-", (1, 2, 3), "BraTS-GLI-{:05d}-000"),
+        "2023": Edition(
+            "2023", ("t2f", "t1n", "t1c", "t2w"), "-", (1, 2, 3), "BraTS-GLI-{:05d}-000"
+        ),
         # One 4-D file a case; its last axis is FLAIR, T1w, T1gd, T2w: the order of MODALITIES.
         "msd": Edition("msd", ("", "", "", ""), "", (2, 1, 3), "BRATS_{:03d}"),
     }

@@ -42,6 +42,14 @@ class StorageError(RaybratsError):
     exit_code = 6
 
 
+class MissingObjectError(StorageError):
+    """There is nothing at the URI."""
+
+
+class ChangedObjectError(StorageError):
+    """Other bytes at the URI than were recorded."""
+
+
 class TrackingError(RaybratsError):
     """An MLflow server that is out of reach, or a model that it does not know."""
 

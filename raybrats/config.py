@@ -1,0 +1,299 @@
+"""A run as a value: frozen dataclasses, checked when made, with a JSON round trip and overrides.
+
+Only the standard library is imported here; pydantic and tyro are reached for inside the functions
+that need them, so the mathematics runs where neither is installed.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, TypeVar
+
+from raybrats.brats import MODALITIES, Modality
+from raybrats.errors import UsageError
+
+T = TypeVar("T")
+NUM_FOLDS = 5
+
+
+def _require(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise UsageError(f"{name} must be {rule}, got {value!r}")
+
+
+class Section:
+    """Base of every section: unknown keys are errors when a run is read from JSON."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Where the cases lie and how patches are cut from them."""
+
+    cohort: str = ""
+    """Cohort file (.parquet) or tree of cases: a local path or an s3:// URI."""
+    fold: int = 0
+    """Cross-validation fold held out for validation, 0 to 4; -1 trains and validates on all."""
+    modalities: tuple[Modality, ...] = MODALITIES
+    """Input channels, in this order."""
+    normalisation: Literal["zscore", "minmax"] = "zscore"
+    """Per modality inside the brain: zero mean and unit deviation, or 0 to 1."""
+    patch_size: tuple[int, int, int] = (128, 128, 128)
+    """Patch shape in voxels, (i, j, k)."""
+    foreground_share: float = 1 / 3
+    """Share of the draws centred on a tumour voxel (nnU-Net: one third)."""
+    max_bad_fraction: float = 0.0
+    """Share of quarantined cases that training accepts; they are left out and named."""
+    cpus_per_task: float = 0.5
+    """CPUs that one decoding task reserves on the cluster."""
+    prefetch_batches: int = 2
+    """Batches kept ready in front of the training step."""
+
+    def __post_init__(self) -> None:
+        _require(-1 <= self.fold < NUM_FOLDS, "data.fold", "in -1..4", self.fold)
+        _require(all(n >= 8 for n in self.patch_size), "data.patch_size", ">= 8", self.patch_size)
+        _require(len(self.modalities) > 0, "data.modalities", "one or more", self.modalities)
+        share = self.foreground_share
+        _require(0 <= share <= 1, "data.foreground_share", "in 0..1", share)
+        bad = self.max_bad_fraction
+        _require(0 <= bad < 1, "data.max_bad_fraction", "in 0..1", bad)
+        _require(self.cpus_per_task > 0, "data.cpus_per_task", "> 0", self.cpus_per_task)
+        _require(self.prefetch_batches >= 1, "data.prefetch_batches", ">= 1", self.prefetch_batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(Section):
+    """Random changes of a batch: probability of each, and its range (nnU-Net's where not said)."""
+
+    mirror: float = 0.5
+    """Probability of mirroring, axis by axis."""
+    noise: float = 0.1
+    noise_variance: tuple[float, float] = (0.0, 0.1)
+    brightness: float = 0.15
+    brightness_range: tuple[float, float] = (0.75, 1.25)
+    contrast: float = 0.15
+    contrast_range: tuple[float, float] = (0.75, 1.25)
+    gamma: float = 0.3
+    gamma_range: tuple[float, float] = (0.7, 1.5)
+
+    def __post_init__(self) -> None:
+        for name in ("mirror", "noise", "brightness", "contrast", "gamma"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"augment.{name}", "a probability", value)
+        for name in ("noise_variance", "brightness_range", "contrast_range", "gamma_range"):
+            low, high = getattr(self, name)
+            _require(0 <= low <= high, f"augment.{name}", "0 <= low <= high", (low, high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(Section):
+    """A MONAI network by name."""
+
+    name: Literal["dynunet", "segresnet", "unet"] = "dynunet"
+    widths: tuple[int, ...] = (32, 64, 128, 256, 320, 320)
+    """Channels of each resolution, finest first; each one halves the edge of the one before."""
+    residual_units: int = 0
+    """Residual units a stage: DynUNet residual blocks if > 0, `UNet(num_res_units=)`."""
+    deep_supervision: int = 0
+    """Coarser heads that the loss also sees (DynUNet only)."""
+
+    def __post_init__(self) -> None:
+        enough = 3 if self.name == "dynunet" else 2
+        _require(len(self.widths) >= enough, "network.widths", f">= {enough} long", self.widths)
+        heads = self.deep_supervision
+        fits = heads == 0 or (self.name == "dynunet" and heads <= len(self.widths) - 2)
+        _require(fits, "network.deep_supervision", "0..len(widths)-2, with dynunet", heads)
+        if self.name == "segresnet":
+            doubled = all(w == self.widths[0] << n for n, w in enumerate(self.widths))
+            _require(doubled, "network.widths", "doubling for segresnet", self.widths)
+
+    @property
+    def stride(self) -> int:
+        """Factor between the finest and the coarsest grid; patch edges are multiples of it."""
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """Weighted sum of Dice, cross-entropy and focal terms; a weight of 0 leaves a term out."""
+
+    dice_weight: float = 1.0
+    ce_weight: float = 1.0
+    focal_weight: float = 0.0
+    focal_gamma: float = 2.0
+    """Focusing exponent (Lin et al. 2017)."""
+    batch_dice: bool = False
+    """One Dice over the batch instead of one a patch (nnU-Net: one over the batch)."""
+
+    def __post_init__(self) -> None:
+        weights = (self.dice_weight, self.ce_weight, self.focal_weight)
+        holds = min(weights) >= 0 and sum(weights) > 0
+        _require(holds, "loss.*_weight", ">= 0, with one above 0", weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """Optimiser, its schedule and the length of the run."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 3e-4
+    weight_decay: float = 1e-4
+    momentum: float = 0.99
+    """Nesterov momentum of SGD (nnU-Net: 0.99)."""
+    poly_power: float = 0.9
+    """lr * (1 - step/steps)**power (nnU-Net: 0.9)."""
+    clip_norm: float = 12.0
+    """Gradient norm is clipped here (nnU-Net: 12)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast of forward and loss."""
+    steps: int = 250_000
+    """Optimiser steps of the whole run."""
+    global_batch: int = 2
+    """Patches a step, over all workers."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "optim.lr", "> 0", self.lr)
+        _require(self.clip_norm > 0, "optim.clip_norm", "> 0", self.clip_norm)
+        _require(self.steps >= 1, "optim.steps", ">= 1", self.steps)
+        _require(self.global_batch >= 1, "optim.global_batch", ">= 1", self.global_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig(Section):
+    """How often the held-out cases are segmented whole, and how."""
+
+    every_steps: int = 2_500
+    """Also a checkpoint is written then, and at the end."""
+    overlap: float = 0.5
+    """Overlap of the sliding windows, as a fraction of the patch."""
+    max_cases: int = 0
+    """Held-out cases used, the first in cohort order; 0 uses all."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "validation.every_steps", ">= 1", self.every_steps)
+        _require(0 <= self.overlap < 1, "validation.overlap", "in 0..1", self.overlap)
+        _require(self.max_cases >= 0, "validation.max_cases", ">= 0", self.max_cases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(Section):
+    """What the run asks of the Ray cluster."""
+
+    workers: int = 1
+    """DDP workers."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto` takes one GPU a worker where the cluster has GPUs."""
+    cpus_per_worker: float = 1.0
+    max_failures: int = 3
+    """Worker-group restarts before the run gives up."""
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 1, "cluster.workers", ">= 1", self.workers)
+        cpus = self.cpus_per_worker
+        _require(cpus > 0, "cluster.cpus_per_worker", "> 0", cpus)
+        _require(self.max_failures >= 0, "cluster.max_failures", ">= 0", self.max_failures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """Name, place and seed of the run."""
+
+    name: str = ""
+    """Checkpoints lie at <storage_uri>/<name>/checkpoints; empty: recipe and time."""
+    storage_uri: str = "runs"
+    """Local path or s3:// URI under which runs are kept."""
+    seed: int = 0
+    resume: Literal["never", "auto", "must"] = "auto"
+    """What to do with checkpoints of the same run name."""
+
+    def __post_init__(self) -> None:
+        allowed = all(c.isalnum() or c in "-_." for c in self.name) and self.name[:1] != "."
+        _require(allowed, "run.name", "letters, digits, '-', '_' and '.'", self.name)
+        _require(bool(self.storage_uri), "run.storage_uri", "a path or URI", self.storage_uri)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Section):
+    """Where metrics go and under which name the model is registered."""
+
+    uri: str = ""
+    """MLflow server; empty: MLFLOW_TRACKING_URI, else SQLite beside local runs."""
+    experiment: str = "raybrats"
+    model: str = "raybrats"
+    """Registered model; empty registers nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """Everything that decides a run."""
+
+    recipe: str = "custom"
+    """Name of the recipe that it was made from."""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        stride, patch = self.network.stride, self.data.patch_size
+        rule = f"multiples of {stride} (network.widths has {len(self.network.widths)} stages)"
+        _require(all(n % stride == 0 for n in patch), "data.patch_size", rule, patch)
+        batch, workers = self.optim.global_batch, self.cluster.workers
+        rule = f"a multiple of cluster.workers ({workers})"
+        _require(batch % workers == 0, "optim.global_batch", rule, batch)
+
+
+def to_json(config: TrainConfig) -> str:
+    """The run as indented JSON."""
+    return json.dumps(asdict(config), indent=1)
+
+
+def from_json(text: str) -> TrainConfig:
+    """The run that `to_json` wrote.
+
+    Raises:
+        UsageError: a key is unknown or a value does not fit.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(TrainConfig).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the configuration"
+        raise UsageError(f"{where}: {first['msg']}") from None
+
+
+def digest(config: TrainConfig) -> str:
+    """Sha256 of everything that decides the weights; run, cluster and tracking do not."""
+    kept = {k: v for k, v in asdict(config).items() if k not in ("run", "cluster", "tracking")}
+    kept["seed"] = config.run.seed
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def override(config: T, path: str, value: object) -> T:
+    """The same configuration with the field at a dotted path changed.
+
+    Raises:
+        UsageError: there is no such field (the nearest name is suggested), or the value breaks
+            a rule of its section.
+    """
+    head, _, rest = path.partition(".")
+    names = [f.name for f in fields(config)] if is_dataclass(config) else []
+    if head not in names:
+        near = get_close_matches(head, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
+        raise UsageError(f"no field {head!r} in {type(config).__name__}{hint}")
+    changed = override(getattr(config, head), rest, value) if rest else _as_tuple(value)
+    return replace(config, **{head: changed})  # type: ignore[type-var]
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,209 @@
+"""The trees in which BraTS cases come: file names -> the files of each case.
+
+Nothing is opened but dataset.json. Known: one folder a case (Kaggle's BraTS2020 with its case 355,
+BraTS 2021, BraTS 2023 and later), the Medical Segmentation Decathlon's Task01 (4-D files) and
+nnU-Net raw (dataset.json names channels and labels). A tree may hold several.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from raybrats.brats import EDITIONS, MODALITIES, Modality
+from raybrats.data import storage
+from raybrats.errors import DataError
+
+_MODALITY_NAMES: Mapping[str, Modality] = {
+    **dict.fromkeys(("flair", "t2f"), "flair"),
+    **dict.fromkeys(("t1", "t1n", "t1w"), "t1"),
+    **dict.fromkeys(("t1ce", "t1c", "t1gd"), "t1ce"),
+    **dict.fromkeys(("t2", "t2w"), "t2"),
+}
+_VOLUME = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_PART = re.compile(rf"^(.+)([_-])({'|'.join(_MODALITY_NAMES)}|seg)$", re.IGNORECASE)
+_CASE_355_LABELS = re.compile(r"segm?$", re.IGNORECASE)
+"""BraTS20_Training_355's label file is named W39_1998.09.19_Segm.nii."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one case as their names tell it; not opened yet."""
+
+    case_id: str
+    edition: str
+    layout: str
+    image_uris: tuple[str, ...]
+    """One a modality in the order of `MODALITIES`, or a single 4-D file."""
+    label_uri: str | None
+    label_values: tuple[int, int, int]
+    """Values of NCR, ED and ET in the label file."""
+    problem: str = ""
+    """What the names alone show to be wrong."""
+
+
+def find_files(uri: str) -> list[Files]:
+    """Every case below a URI, by case id.
+
+    Raises:
+        DataError: there is none, or a dataset.json cannot be understood.
+    """
+    uri = storage.absolute(uri)
+    objects = [name for name in storage.list_objects(uri) if not _hidden(name, uri)]
+    claimed: set[str] = set()
+    found: list[Files] = []
+    for name in objects:
+        if storage.name(name) == "dataset.json":
+            root = name.rpartition("/")[0]
+            inside = [other for other in objects if other.startswith(root + "/")]
+            found += _dataset_cases(name, inside)
+            claimed |= set(inside)
+    volumes = [name for name in objects if _VOLUME.search(name) and name not in claimed]
+    found += _folder_cases(volumes)
+    if not found:
+        raise DataError(f"{uri}: no BraTS case found in {len(objects)} files; see README, layouts")
+    return sorted(_without_twins(found), key=lambda files: files.case_id)
+
+
+def stem(uri: str) -> str:
+    """File name without .nii or .nii.gz."""
+    return _VOLUME.sub("", storage.name(uri))
+
+
+def case_id_of(label_uri: str) -> str:
+    """Case id that a label or prediction file is named by."""
+    return re.sub(r"[_-](seg|pred|prediction)$", "", stem(label_uri), flags=re.IGNORECASE)
+
+
+def _hidden(name: str, root: str) -> bool:
+    below = name[len(root) :]
+    return any(part.startswith(".") for part in below.split("/"))
+
+
+def _folder_cases(volumes: list[str]) -> Iterator[Files]:
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
+    strays: dict[str, list[str]] = {}
+    for uri in volumes:
+        folder, match = uri.rpartition("/")[0], _PART.match(stem(uri))
+        if match:
+            part = match[3].lower()
+            parts = groups.setdefault((folder, match[1]), {})
+            parts.setdefault(_MODALITY_NAMES.get(part, part), []).append(uri)
+        elif _CASE_355_LABELS.search(stem(uri)):
+            strays.setdefault(folder, []).append(uri)
+    for (folder, case_id), parts in groups.items():
+        if set(parts) == {"seg"}:  # label files alone: predictions, references
+            continue
+        alone = sum(other == folder for other, _ in groups) == 1
+        if "seg" not in parts and alone and folder in strays:
+            parts["seg"] = strays[folder]
+        yield _folder_case(case_id, parts)
+
+
+def _folder_case(case_id: str, parts: dict[str, list[str]]) -> Files:
+    missing = [m for m in MODALITIES if m not in parts]
+    twice = [part for part, uris in parts.items() if len(uris) > 1]
+    problem = f"no {', '.join(missing)} file" if missing else ""
+    if twice:
+        problem = f"two files for {twice[0]}: {', '.join(map(storage.name, parts[twice[0]]))}"
+    first = next(iter(parts.values()))[0]
+    edition = EDITIONS[_edition_of(case_id, stem(first))]
+    images = tuple(parts[m][0] for m in MODALITIES if m in parts)
+    labels = parts.get("seg", [None])[0]
+    return Files(case_id, edition.name, "folders", images, labels, edition.label_values, problem)
+
+
+def _edition_of(case_id: str, file_stem: str) -> str:
+    if file_stem[len(case_id) :][:1] == "-":
+        return "2023"
+    return "2021" if case_id.lower().startswith("brats2021") else "2020"
+
+
+def _dataset_cases(uri: str, inside: list[str]) -> Iterator[Files]:
+    """Cases of a folder with dataset.json: nnU-Net raw if channels are numbered, else MSD."""
+    dataset = _read_json(uri)
+    root = uri.rpartition("/")[0]
+    channels = dataset.get("channel_names") or dataset.get("modality")
+    if not isinstance(channels, dict) or not isinstance(dataset.get("labels"), dict):
+        raise DataError(f"{uri}: neither a Decathlon nor an nnU-Net dataset.json")
+    order = _channel_order(uri, channels)
+    values = _label_values(uri, dataset["labels"])
+    labels = {stem(n): n for n in inside if n.startswith(f"{root}/labels") and _VOLUME.search(n)}
+    images = [n for n in inside if n.startswith(f"{root}/images") and _VOLUME.search(n)]
+    if not any(re.search(r"_\d{4}$", stem(name)) for name in images):
+        if order != tuple(range(len(MODALITIES))):
+            raise DataError(f"{uri}: channels {channels}; expected FLAIR, T1w, T1gd, T2w")
+        for name in images:
+            case_id = stem(name)
+            yield Files(case_id, "msd", "msd", (name,), labels.get(case_id), values)
+        return
+    groups: dict[str, dict[int, str]] = {}
+    for name in images:
+        case_id, _, channel = stem(name).rpartition("_")
+        groups.setdefault(case_id, {})[int(channel)] = name
+    for case_id, parts in groups.items():
+        missing = [m for m, n in zip(MODALITIES, order, strict=True) if n not in parts]
+        problem = f"no {', '.join(missing)} file" if missing else ""
+        uris = tuple(parts[n] for n in order if n in parts)
+        yield Files(case_id, "nnunet", "nnunet", uris, labels.get(case_id), values, problem)
+
+
+def _read_json(uri: str) -> dict:
+    try:
+        loaded = json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        raise DataError(f"{uri}: not JSON ({error})") from None
+    if not isinstance(loaded, dict):
+        raise DataError(f"{uri}: not a JSON object")
+    return loaded
+
+
+def _channel_order(uri: str, channels: dict[str, str]) -> tuple[int, ...]:
+    """Channel number of each modality, in the order of `MODALITIES`."""
+    named = {
+        _MODALITY_NAMES.get(re.sub(r"^(t2-?|mri?_)(?=flair)", "", str(name).lower())): int(number)
+        for number, name in channels.items()
+    }
+    if not set(MODALITIES) <= set(named):
+        raise DataError(f"{uri}: channels {channels} do not name flair, t1, t1ce and t2")
+    return tuple(named[m] for m in MODALITIES)
+
+
+def _label_values(uri: str, labels: dict) -> tuple[int, int, int]:
+    """Values of NCR, ED and ET from {"0": "background", ...}, {"edema": 1, ...} or regions."""
+    pairs = [(v, k) if str(k).isdigit() else (k, v) for k, v in labels.items()]
+    values: dict[str, int] = {}
+    for name, value in pairs:
+        word = str(name).lower()
+        if isinstance(value, list | tuple):
+            continue
+        for key, pattern in (
+            ("NCR", "necro|non-?_? ?enh|ncr|net"),
+            ("ED", "edema"),
+            ("ET", "enh|et"),
+        ):
+            if re.search(pattern, word):
+                values[key] = int(value)
+                break
+    regions = sorted((set(v) for _, v in pairs if isinstance(v, list | tuple)), key=len)
+    regions += [{int(v)} for n, v in pairs if not isinstance(v, list | tuple) and "back" not in n]
+    regions.sort(key=len)
+    if len(values) != 3 and [len(r) for r in regions] == [1, 2, 3]:
+        et, tc, wt = regions
+        values = {"NCR": (tc - et).pop(), "ED": (wt - tc).pop(), "ET": next(iter(et))}
+    if len(set(values.values())) != 3:
+        raise DataError(f"{uri}: labels {labels} do not name necrosis, oedema and enhancing tumour")
+    return values["NCR"], values["ED"], values["ET"]
+
+
+def _without_twins(found: list[Files]) -> list[Files]:
+    """One entry a case id; an id found in two places becomes a problem."""
+    unique: dict[str, Files] = {}
+    for files in found:
+        first = unique.get(files.case_id)
+        if first is not None:
+            places = [f.image_uris[0].rpartition("/")[0] for f in (first, files) if f.image_uris]
+            problem = f"case id found twice: {' and '.join(places)}"
+            files = Files(**{**vars(files), "problem": problem})
+        unique[files.case_id] = files
+    return list(unique.values())

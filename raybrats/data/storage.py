@@ -1,0 +1,157 @@
+"""Bytes at a URI: local paths and s3://, with a deadline, bounded retries and plain errors.
+
+s3:// follows the standard AWS_* variables and AWS_ENDPOINT_URL, so no secret passes through here.
+"""
+
+import asyncio
+import hashlib
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from raybrats.errors import ChangedObjectError, MissingObjectError, StorageError
+
+T = TypeVar("T")
+
+DEADLINE_S = 120.0
+"""Until an operation on one object gives up, retries included."""
+
+_S3_OPTIONS = {
+    # Retries live here, in one place: with the defaults a dead server costs 25 requests and 50 s.
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": 15,
+        "retries": {"mode": "standard", "max_attempts": 1},
+    },
+    "use_listings_cache": False,
+}
+
+
+def is_remote(uri: str) -> bool:
+    """Whether the URI names an object store rather than a local path."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def absolute(uri: str) -> str:
+    """The URI with local paths made absolute, so that it means the same in every process."""
+    return uri.rstrip("/") if is_remote(uri) else str(Path(uri.removeprefix("file://")).resolve())
+
+
+def join(uri: str, *parts: str) -> str:
+    """A URI below a URI."""
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def name(uri: str) -> str:
+    """Last part of a URI."""
+    return uri.rstrip("/").rpartition("/")[2]
+
+
+def sha256(data: bytes) -> str:
+    """Digest of bytes, as hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_bytes(uri: str, *, size: int | None = None, digest: str | None = None) -> bytes:
+    """The whole object, checked against the size and sha256 that it should have.
+
+    Raises:
+        StorageError: the object is missing, refused, out of reach, or not the bytes recorded.
+    """
+    data = _attempt(uri, lambda fs, path: fs.cat_file(path))
+    if size is not None and len(data) != size:
+        raise ChangedObjectError(f"{uri}: {len(data)} bytes where {size} were recorded")
+    if digest is not None and sha256(data) != digest:
+        raise ChangedObjectError(f"{uri}: other bytes than were recorded (sha256)")
+    return data
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Puts an object whole: readers see the old one or the new one, never a part."""
+    if is_remote(uri):
+        _attempt(uri, lambda fs, path: fs.pipe_file(path, data))
+        return
+    path = Path(absolute(uri))
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise StorageError(f"{uri}: cannot be written: {error.strerror or error}") from error
+
+
+def list_objects(uri: str) -> dict[str, int]:
+    """Size in bytes of every object below a URI, by its own URI, in sorted order."""
+    found = _attempt(uri, lambda fs, path: fs.find(path, detail=True))
+    prefix = f"{uri.partition('://')[0]}://" if is_remote(uri) else ""
+    return {prefix + path: int(info["size"] or 0) for path, info in sorted(found.items())}
+
+
+def exists(uri: str) -> bool:
+    """Whether there is an object or a folder at the URI."""
+    return bool(_attempt(uri, lambda fs, path: fs.exists(path)))
+
+
+def delete(uri: str) -> None:
+    """Removes an object, or a folder with all that is below it."""
+    _attempt(uri, lambda fs, path: fs.rm(path, recursive=True))
+
+
+def rename(old_uri: str, new_uri: str) -> None:
+    """Moves a folder; on object storage object by object, so not atomically."""
+    _attempt(
+        old_uri, lambda fs, path: fs.mv(path, fs._strip_protocol(new_uri) + "/", recursive=True)
+    )
+
+
+def _attempt(uri: str, action: Callable[[Any, str], T]) -> T:
+    """Runs an action on the URI's file system; transient errors are retried with jitter."""
+    give_up = time.monotonic() + DEADLINE_S
+    for turn in range(100):
+        try:
+            options = _S3_OPTIONS if uri.startswith("s3://") else {}
+            fs, path = fsspec.url_to_fs(absolute(uri), **options)
+            return action(fs, path)
+        except Exception as error:
+            refusal = _permanent(uri, error)
+            if refusal is not None:
+                raise refusal from error
+            wait_s = min(8.0, 0.2 * 2**turn) * random.uniform(0.5, 1.5)
+            if turn >= 5 or time.monotonic() + wait_s > give_up:
+                words = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                raise StorageError(
+                    f"{uri}: out of reach after {turn + 1} tries ({words})"
+                ) from error
+            time.sleep(wait_s)
+    raise AssertionError("the loop ends by returning or raising")
+
+
+def _permanent(uri: str, error: Exception) -> StorageError | None:
+    """The error in plain words where trying again cannot help, else None."""
+    text = f"{type(error).__name__} {error} {error.__cause__}"
+    if isinstance(error, FileNotFoundError) or "NoSuchBucket" in text:
+        return MissingObjectError(f"{uri}: does not exist")
+    if "ExpiredToken" in text:
+        return StorageError(f"{uri}: the credentials have expired; renew them")
+    denied = ("AccessDenied", "Forbidden", "SignatureDoesNotMatch", "InvalidAccessKeyId", "403")
+    if isinstance(error, PermissionError) or any(word in text for word in denied):
+        return StorageError(f"{uri}: access refused; check AWS_ACCESS_KEY_ID and its permissions")
+    if "NoCredentials" in text:
+        return StorageError(
+            f"{uri}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if isinstance(error, ImportError | ValueError):
+        return StorageError(f"{uri}: not a path or URI that can be read ({error})")
+    transient = (
+        isinstance(error, OSError | asyncio.TimeoutError) or "botocore" in type(error).__module__
+    )
+    transient = transient or type(error).__module__.startswith(("aiohttp", "aiobotocore"))
+    return None if transient else StorageError(f"{uri}: {type(error).__name__}: {error}")

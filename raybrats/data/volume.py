@@ -1,0 +1,183 @@
+"""NIfTI bytes <-> Volume: the header is checked before anything is allocated, the CRC always.
+
+Canonical axes are LPS, the orientation in which BraTS is distributed, so real cases are not moved.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+
+import deflate
+import nibabel as nib
+import numpy as np
+from nibabel import orientations
+
+from raybrats.errors import DataError
+
+CANONICAL = ("L", "P", "S")
+MAX_EDGE_VOXELS = 1024
+"""Longest axis that is believed; BraTS has 240, whole-head research scans up to 512."""
+_HEADER_BYTES = 544
+"""Enough for NIfTI-1 (348) and NIfTI-2 (540)."""
+_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a file's voxels lie: what a prediction needs to be written back as."""
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    """(4, 4), voxel to mm, RAS+."""
+    known: bool
+    """Whether the file says its orientation (an sform or a qform)."""
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Edge lengths of a voxel in mm."""
+        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(i), float(j), float(k)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One file: voxels as stored, on canonical axes; value = slope * voxel + intercept."""
+
+    voxels: np.ndarray
+    """(i, j, k), or (i, j, k, channel) of a 4-D file."""
+    slope: float
+    intercept: float
+    grid: Grid
+    """As in the file, before reorientation."""
+
+    @property
+    def values(self) -> np.ndarray:
+        """The voxels scaled, float32."""
+        return self.voxels.astype(np.float32) * np.float32(self.slope) + np.float32(self.intercept)
+
+
+def decode(data: bytes, name: str) -> Volume:
+    """The volume in the bytes of a .nii or .nii.gz file.
+
+    Raises:
+        DataError: not NIfTI, truncated, damaged (CRC or length), or a header that breaks a rule.
+    """
+    zipped = data[:2] == b"\x1f\x8b"
+    start = _inflate_start(data, name) if zipped else data[:_HEADER_BYTES]
+    header = _header(start, name)
+    shape = _checked_shape(header, name)
+    dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
+    length = offset + math.prod(shape) * dtype.itemsize
+    raw = _inflate(data, length, name) if zipped else data
+    if len(raw) < length:
+        raise DataError(f"{name}: {len(raw)} bytes where its header needs {length}; fetch it again")
+    voxels = np.frombuffer(raw, dtype, math.prod(shape), offset).reshape(shape, order="F")
+    voxels = voxels.astype(dtype.newbyteorder("="), copy=False)
+    if dtype.kind == "f" and not np.isfinite(voxels).all():
+        bad = int(np.size(voxels) - np.isfinite(voxels).sum())
+        raise DataError(f"{name}: {bad} voxels are NaN or infinite; repair the file")
+    slope, intercept = header.get_slope_inter()
+    known = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+    grid = Grid(shape[:3], header.get_best_affine(), known)
+    slope, intercept = (1.0 if slope is None else slope), (intercept or 0.0)
+    return Volume(to_canonical(voxels, grid), float(slope), float(intercept), grid)
+
+
+def encode_labels(labels: np.ndarray, grid: Grid) -> bytes:
+    """A .nii.gz of canonical labels (i, j, k) in the file's own grid; a fresh, anonymous header."""
+    stored = from_canonical(labels, grid)
+    image = nib.Nifti1Image(np.asarray(stored, np.uint8), grid.affine)
+    image.header.set_xyzt_units("mm")
+    return bytes(deflate.gzip_compress(image.to_bytes(), 6))
+
+
+def to_canonical(voxels: np.ndarray, grid: Grid) -> np.ndarray:
+    """A view of file voxels with its first three axes canonical."""
+    return orientations.apply_orientation(voxels, _turn(grid))
+
+
+def from_canonical(voxels: np.ndarray, grid: Grid) -> np.ndarray:
+    """The inverse of `to_canonical`: canonical voxels in the file's own axes."""
+    turn = _turn(grid)
+    back = turn[np.argsort(turn[:, 0])].copy()
+    back[:, 0] = np.argsort(turn[:, 0])
+    return orientations.apply_orientation(voxels, back)
+
+
+def canonical_spacing(grid: Grid) -> tuple[float, float, float]:
+    """Edge lengths in mm along the canonical axes."""
+    order = np.argsort(_turn(grid)[:, 0])
+    i, j, k = (grid.spacing[axis] for axis in order)
+    return i, j, k
+
+
+def _turn(grid: Grid) -> np.ndarray:
+    own = orientations.io_orientation(grid.affine)
+    return orientations.ornt_transform(own, orientations.axcodes2ornt(CANONICAL))
+
+
+def _header(start: bytes, name: str) -> nib.Nifti1Header:
+    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
+    kind = nib.Nifti1Header if 348 in sizes else nib.Nifti2Header if 540 in sizes else None
+    length = 348 if kind is nib.Nifti1Header else 540
+    if kind is None or len(start) < length:
+        raise DataError(f"{name}: not a NIfTI file ({start[:24]!r}); fetch it again")
+    return kind(start[:length], check=False)
+
+
+def _checked_shape(header: nib.Nifti1Header, name: str) -> tuple[int, ...]:
+    dims = [int(n) for n in header["dim"]]
+    rank = dims[0]
+    shape = tuple(dims[1 : 1 + max(rank, 0)])
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (3, 4) or not all(1 <= n <= MAX_EDGE_VOXELS for n in shape):
+        raise DataError(f"{name}: dimensions {dims}; expected 3 or 4 axes of 1..{MAX_EDGE_VOXELS}")
+    try:
+        dtype = header.get_data_dtype().newbyteorder("=").name
+    except nib.spatialimages.HeaderDataError:
+        dtype = f"code {int(header['datatype'])}"
+    if dtype not in _DTYPES:
+        raise DataError(f"{name}: data type {dtype}; expected one of {', '.join(_DTYPES)}")
+    offset = float(header["vox_offset"])
+    if not (math.isfinite(offset) and 348 <= offset <= 2**31):
+        raise DataError(f"{name}: vox_offset {offset}; expected 352 or more")
+    if not (math.isfinite(header["scl_slope"]) and math.isfinite(header["scl_inter"])):
+        raise DataError(f"{name}: scl_slope or scl_inter is not finite; repair the header")
+    return shape
+
+
+def _inflate_start(data: bytes, name: str) -> bytes:
+    try:
+        return zlib.decompressobj(wbits=31).decompress(data, _HEADER_BYTES)
+    except zlib.error as error:
+        raise DataError(f"{name}: damaged gzip ({error}); fetch it again") from error
+
+
+def _inflate(data: bytes, length: int, name: str) -> bytes:
+    """The member inflated; never more is allocated than the header and the trailer both claim."""
+    claim = int.from_bytes(data[-4:], "little")
+    if not length <= claim <= length + 2**20:
+        return _inflate_members(data, length, name)
+    try:
+        raw = bytes(deflate.gzip_decompress(data, claim))
+    except deflate.DeflateError:
+        return _inflate_members(data, length, name)
+    return raw if len(raw) == claim else _inflate_members(data, length, name)
+
+
+def _inflate_members(data: bytes, length: int, name: str) -> bytes:
+    """For files of several gzip members (bgzip), and to name what is wrong with the others."""
+    out, rest = b"", data
+    try:
+        while rest and len(out) < length + 2**20:
+            member = zlib.decompressobj(wbits=31)
+            out += member.decompress(rest, length + 2**20 - len(out))
+            if not member.eof:
+                raise DataError(
+                    f"{name}: truncated, or longer than its header says; fetch it again"
+                )
+            rest = member.unused_data.lstrip(b"\0")
+    except zlib.error as error:
+        raise DataError(f"{name}: damaged gzip ({error}); fetch it again") from error
+    return out

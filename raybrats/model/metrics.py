@@ -1,0 +1,88 @@
+"""Scores of one case, region by region, and the BraTS rules for empty regions."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance
+
+from raybrats.brats import REGION_LABELS, REGIONS, Region
+from raybrats.data.prepare import bounding_box
+
+HD95_ONE_EMPTY_MM = 373.12866
+"""HD95 where one side is empty: sqrt(240^2 + 240^2 + 155^2) (BraTS 2017-2021)."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Voxel-wise scores of one region of one case.
+
+    `f1` is the harmonic mean of precision and sensitivity: for voxels the same number as `dice`.
+    `hd95_mm` is the larger of the two directed 95th percentiles of surface distances.
+    """
+
+    region: Region
+    dice: float
+    iou: float
+    f1: float
+    hd95_mm: float
+    sensitivity: float
+    specificity: float
+
+
+def region_mask(labels: np.ndarray, region: Region) -> np.ndarray:
+    """The voxels of a region, bool, in the shape of the labels."""
+    return np.isin(labels, REGION_LABELS[region])
+
+
+def region_dice(prediction: np.ndarray, reference: np.ndarray) -> list[float]:
+    """Dice of each region; 1 where both are empty."""
+    pairs = [(region_mask(prediction, r), region_mask(reference, r)) for r in REGIONS]
+    return [_ratio(2 * int((p & r).sum()), int(p.sum()) + int(r.sum())) for p, r in pairs]
+
+
+def score_case(
+    prediction: np.ndarray, reference: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> list[Score]:
+    """Scores of each region of labels (i, j, k) against reference labels of the same shape.
+
+    Both empty: Dice 1, HD95 0, sensitivity 1; one empty: Dice 0, HD95 373.13 mm (BraTS).
+    """
+    scores = []
+    for region in REGIONS:
+        p, r = region_mask(prediction, region), region_mask(reference, region)
+        tp, fp, fn = int((p & r).sum()), int((p & ~r).sum()), int((~p & r).sum())
+        tn = p.size - tp - fp - fn
+        precision, sensitivity = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
+        both = precision + sensitivity
+        scores.append(
+            Score(
+                region=region,
+                dice=_ratio(2 * tp, 2 * tp + fp + fn),
+                iou=_ratio(tp, tp + fp + fn),
+                f1=2 * precision * sensitivity / both if both > 0 else 0.0,
+                hd95_mm=hd95(p, r, spacing_mm),
+                sensitivity=sensitivity,
+                specificity=_ratio(tn, tn + fp),
+            )
+        )
+    return scores
+
+
+def hd95(
+    prediction: np.ndarray, reference: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> float:
+    """95th percentile Hausdorff distance of two masks in mm, as MONAI defines it."""
+    if not prediction.any() or not reference.any():
+        return 0.0 if prediction.any() == reference.any() else HD95_ONE_EMPTY_MM
+    box = bounding_box(prediction | reference)
+    pair = [torch.from_numpy(mask[box].copy())[None, None] for mask in (prediction, reference)]
+    distance = compute_hausdorff_distance(
+        *pair, include_background=True, percentile=95, spacing=spacing_mm
+    )
+    return float(distance)
+
+
+def _ratio(part: int, whole: int) -> float:
+    """Part of the whole; 1 where there is nothing to find."""
+    return part / whole if whole else 1.0

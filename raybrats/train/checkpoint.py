@@ -1,0 +1,179 @@
+"""Checkpoints as files with a manifest: written last, verified when read, quarantined when bad.
+
+<run uri>/checkpoints/step-00001250/{weights.safetensors, state.pt, config.json, MANIFEST.json}
+"""
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from raybrats.config import TrainConfig, digest, to_json
+from raybrats.data import storage
+from raybrats.errors import ChangedObjectError, CheckpointError, MissingObjectError
+
+MANIFEST = "MANIFEST.json"
+WEIGHTS, STATE, CONFIG = "weights.safetensors", "state.pt", "config.json"
+_STEP = re.compile(r"/checkpoints/(step-(\d{8}))/")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are those that its manifest names."""
+
+    uri: str
+    step: int
+    metrics: Mapping[str, float]
+    files: Mapping[str, bytes]
+    """Verified bytes by file name."""
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Tensors of the network, by name."""
+        return safetensors.load(self.files[WEIGHTS])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Optimiser and random state; only tensors and plain values are unpickled."""
+        return torch.load(io.BytesIO(self.files[STATE]), map_location="cpu", weights_only=True)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a manifest tells without opening the other files."""
+
+    uri: str
+    step: int
+    metrics: Mapping[str, float]
+
+
+def write(
+    run_uri: str,
+    config: TrainConfig,
+    *,
+    step: int,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    metrics: Mapping[str, float],
+) -> str:
+    """Writes a checkpoint, the manifest last; returns its URI."""
+    uri = storage.join(run_uri, "checkpoints", f"step-{step:08d}")
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    files = {
+        WEIGHTS: safetensors.save(plain),
+        STATE: buffer.getvalue(),
+        CONFIG: to_json(config).encode(),
+    }
+    for name, data in files.items():
+        storage.write_bytes(storage.join(uri, name), data)
+    manifest = {
+        "step": step,
+        "draws": step * config.optim.global_batch,
+        "config_digest": digest(config),
+        "workers": config.cluster.workers,
+        "metrics": dict(metrics),
+        "files": {n: {"size": len(d), "sha256": storage.sha256(d)} for n, d in files.items()},
+    }
+    storage.write_bytes(storage.join(uri, MANIFEST), json.dumps(manifest, indent=1).encode())
+    return uri
+
+
+def written(run_uri: str) -> list[Written]:
+    """Checkpoints with a readable manifest, oldest first; their files are not verified."""
+    steps = sorted({match.group(1) for uri in _objects(run_uri) if (match := _STEP.search(uri))})
+    found = []
+    for name in steps:
+        uri = storage.join(run_uri, "checkpoints", name)
+        manifest = _manifest(uri)
+        if manifest is not None:
+            found.append(Written(uri, manifest["step"], manifest["metrics"]))
+    return found
+
+
+def newest(run_uri: str) -> Checkpoint | None:
+    """The newest checkpoint that verifies; bad ones on the way are quarantined. None: never any.
+
+    Raises:
+        CheckpointError: there were checkpoints, and none can be trusted.
+    """
+    candidates = written(run_uri)
+    for candidate in reversed(candidates):
+        try:
+            return read(candidate.uri)
+        except CheckpointError:
+            storage.rename(candidate.uri, _quarantine(candidate.uri))
+    if candidates or any("/quarantine/" in uri for uri in _objects(run_uri)):
+        place = storage.join(run_uri, "checkpoints", "quarantine")
+        raise CheckpointError(f"no checkpoint of {run_uri} verifies; they are kept in {place}")
+    return None
+
+
+def best(run_uri: str) -> Checkpoint:
+    """The checkpoint with the highest mean region Dice, verified.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    ranked = sorted(written(run_uri), key=lambda w: (w.metrics.get("mean", 0.0), w.step))
+    if not ranked:
+        raise CheckpointError(f"{run_uri} has no checkpoint")
+    return read(ranked[-1].uri)
+
+
+def read(uri: str) -> Checkpoint:
+    """A checkpoint with all its files verified against the manifest.
+
+    Raises:
+        CheckpointError: the manifest or a file is missing or damaged.
+    """
+    manifest = _manifest(uri)
+    if manifest is None:
+        raise CheckpointError(f"{uri}: no manifest; the upload was cut")
+    try:
+        files = {
+            name: storage.read_bytes(
+                storage.join(uri, name), size=facts["size"], digest=facts["sha256"]
+            )
+            for name, facts in manifest["files"].items()
+        }
+    except (ChangedObjectError, MissingObjectError) as error:
+        raise CheckpointError(f"damaged checkpoint: {error}") from error
+    return Checkpoint(uri, manifest["step"], manifest["metrics"], files)
+
+
+def prune(run_uri: str, keep: int = 2) -> None:
+    """Removes all but the newest ones and the best."""
+    found = written(run_uri)
+    ranked = sorted(found, key=lambda w: (w.metrics.get("mean", 0.0), w.step))
+    kept = {w.uri for w in (*found[-keep:], *ranked[-1:])}
+    for old in found:
+        if old.uri not in kept:
+            storage.delete(old.uri)
+
+
+def _objects(run_uri: str) -> list[str]:
+    try:
+        return list(storage.list_objects(storage.join(run_uri, "checkpoints")))
+    except MissingObjectError:
+        return []
+
+
+def _manifest(uri: str) -> dict[str, Any] | None:
+    try:
+        loaded = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+        return loaded if {"step", "metrics", "files"} <= set(loaded) else None
+    except (MissingObjectError, ValueError, TypeError):
+        return None
+
+
+def _quarantine(uri: str) -> str:
+    folder, _, name = uri.rpartition("/")
+    return storage.join(folder, "quarantine", name)
