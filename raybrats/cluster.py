@@ -7,8 +7,6 @@ from pathlib import Path
 from raybrats.errors import ResourcesError
 
 _QUIET = {
-    # Explicit and equal in every process: with the default, client and head may disagree (401).
-    "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Keeps CUDA_VISIBLE_DEVICES of tasks that ask for no GPU.

@@ -122,9 +122,10 @@ def _background(voxels: np.ndarray) -> float:
 
 
 def _quantise(voxels: np.ndarray, out: np.ndarray) -> tuple[float, float]:
-    """Fills `out` with int16 such that voxel = step * out + offset; integers that fit are kept."""
+    """Fills `out` so that voxel = step * out + offset; whole numbers that fit are kept."""
     low, high = float(voxels.min()), float(voxels.max())
-    if voxels.dtype.kind in "iu" and low >= _INT16.min and high <= _INT16.max:
+    fits = low >= _INT16.min and high <= _INT16.max
+    if fits and (voxels.dtype.kind in "iu" or (voxels == np.rint(voxels)).all()):
         out[:] = voxels
         return 1.0, 0.0
     step = max((high - low) / 65_534, np.finfo(np.float32).tiny)

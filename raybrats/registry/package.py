@@ -1,0 +1,158 @@
+"""Checkpoint -> registered model: code, safetensors and configuration; champion and challenger."""
+
+import importlib.metadata
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+import raybrats
+from raybrats.config import TrainConfig, to_json
+from raybrats.errors import RegistrationError, TrackingError
+from raybrats.registry.tracking import Run, spoken_to
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+_NEEDS = ("torch", "monai", "numpy", "scipy", "nibabel", "deflate", "safetensors", "pydantic")
+"""What the packaged code imports."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered model version."""
+
+    name: str
+    version: str
+    alias: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model."""
+
+    name: str
+    """`models:/name/version`, whichever way it was looked up."""
+    modalities: tuple[str, ...]
+    predict: Any
+    """Raw case, float32 (modality, i, j, k) -> labels uint8 (i, j, k)."""
+
+
+def register(
+    run: Run,
+    config: TrainConfig,
+    files: Mapping[str, bytes],
+    scores: Mapping[str, float],
+    held_out: str,
+) -> Version:
+    """Registers weights as a new version: champion if it beats the present one, else challenger.
+
+    Versions are compared by mean region Dice, and only where they were scored on the same
+    held-out cases (`held_out`: a digest of them); otherwise the present champion stays.
+
+    Raises:
+        RegistrationError: the registry does not take it; the checkpoint stays in storage.
+    """
+    name = config.tracking.model
+    try:
+        with spoken_to(run.uri):
+            client = MlflowClient(run.uri, registry_uri=run.uri)
+            number = _log(run, config, files)
+            tags = {f"dice_{region}": f"{value:.6f}" for region, value in scores.items()}
+            for key, value in (tags | {"held_out": held_out, "recipe": config.recipe}).items():
+                client.set_model_version_tag(name, number, key, value)
+            alias = _alias(client, name, scores["mean"], held_out)
+            client.set_registered_model_alias(name, alias, number)
+    except TrackingError as error:
+        raise RegistrationError(f"trained, but not registered: {error}") from error
+    return Version(name, number, alias)
+
+
+def load(model_uri: str, tracking_uri: str | None) -> Model:
+    """The model behind `models:/name@alias`, `models:/name/version` or `runs:/id/model`.
+
+    Raises:
+        TrackingError: the server is out of reach, or there is no such model.
+    """
+    with spoken_to(tracking_uri or "the default server"):
+        if tracking_uri:
+            mlflow.set_tracking_uri(tracking_uri)
+            mlflow.set_registry_uri(tracking_uri)
+        loaded = mlflow.pyfunc.load_model(resolve(model_uri, tracking_uri))
+    modalities = tuple(loaded.metadata.metadata["modalities"])
+    return Model(resolve(model_uri, tracking_uri), modalities, loaded.predict)
+
+
+def resolve(model_uri: str, tracking_uri: str | None) -> str:
+    """The URI with an alias replaced by the version that it stands for now."""
+    name, at, alias = model_uri.removeprefix("models:/").partition("@")
+    if not at:
+        return model_uri
+    with spoken_to(tracking_uri or "the default server"):
+        found = MlflowClient(tracking_uri, tracking_uri).get_model_version_by_alias(name, alias)
+    return f"models:/{name}/{found.version}"
+
+
+def versions(tracking_uri: str | None, name: str) -> list[dict[str, str]]:
+    """Every version of a registered model, newest first: number, aliases, Dice, recipe, run."""
+    with spoken_to(tracking_uri or "the default server"):
+        client = MlflowClient(tracking_uri, tracking_uri)
+        aliases: dict[str, list[str]] = {}
+        for alias, number in client.get_registered_model(name).aliases.items():
+            aliases.setdefault(str(number), []).append(alias)
+        found = client.search_model_versions(f"name = '{name}'")
+    rows = [
+        {
+            "version": str(v.version),
+            "aliases": ", ".join(aliases.get(str(v.version), [])),
+            **{k: v.tags.get(k, "") for k in ("dice_WT", "dice_TC", "dice_ET", "dice_mean")},
+            "recipe": v.tags.get("recipe", ""),
+            "run_id": v.run_id or "",
+        }
+        for v in found
+    ]
+    return sorted(rows, key=lambda row: -int(row["version"]))
+
+
+def _log(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
+    """Uploads the model and makes it a version; its number."""
+    mlflow.set_tracking_uri(run.uri)
+    mlflow.set_registry_uri(run.uri)
+    shape = (len(config.data.modalities), -1, -1, -1)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), shape)]),
+        outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
+    )
+    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run.run_id):
+        weights, settings = Path(folder, "weights.safetensors"), Path(folder, "config.json")
+        weights.write_bytes(files["weights.safetensors"])
+        settings.write_text(to_json(config))
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={"weights": str(weights), "config": str(settings)},
+            code_paths=[str(Path(raybrats.__file__).parent)],
+            pip_requirements=[f"{p}=={importlib.metadata.version(p)}" for p in _pinned(_NEEDS)],
+            signature=signature,
+            metadata={"modalities": list(config.data.modalities)},
+            registered_model_name=config.tracking.model,
+        )
+    return str(info.registered_model_version)
+
+
+def _pinned(names: Sequence[str]) -> list[str]:
+    return [name for name in names if importlib.util.find_spec(name)]
+
+
+def _alias(client: MlflowClient, name: str, score: float, held_out: str) -> str:
+    aliases = client.get_registered_model(name).aliases
+    if CHAMPION not in aliases:
+        return CHAMPION
+    tags = client.get_model_version(name, aliases[CHAMPION]).tags
+    comparable = tags.get("held_out") == held_out
+    return CHAMPION if comparable and score > float(tags["dice_mean"]) else CHALLENGER

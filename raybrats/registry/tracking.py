@@ -1,0 +1,177 @@
+"""One MLflow run over all restarts: parameters, and metrics that never hold up a step."""
+
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from raybrats.config import TrainConfig
+from raybrats.data import storage
+from raybrats.errors import TrackingError, UsageError
+
+for _name, _value in {
+    # With MLflow's defaults one call to a dead server blocks for four minutes (measured: 246 s).
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+_LOGGED = ("data", "augment", "network", "loss", "optim", "validation", "cluster")
+"""Sections whose fields become parameters; URIs lose their credentials."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """An MLflow run, as it is handed to workers."""
+
+    uri: str
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The values of one metric of a run."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+def tracking_uri(config: TrainConfig) -> str:
+    """The server of the run: its own setting, MLFLOW_TRACKING_URI, or SQLite beside local runs.
+
+    Raises:
+        UsageError: none is set, and the runs are not on a local path.
+    """
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri:
+        return uri
+    if storage.is_remote(config.run.storage_uri):
+        raise UsageError("tracking.uri is empty; give the URI of an MLflow server")
+    folder = storage.absolute(config.run.storage_uri)
+    os.makedirs(folder, exist_ok=True)
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def start(
+    config: TrainConfig, *, parent: Run | None = None, tags: Mapping[str, str] | None = None
+) -> Run:
+    """A new run with the parameters of the configuration, below `parent` in a sweep.
+
+    Raises:
+        TrackingError: the server is out of reach.
+    """
+    uri = tracking_uri(config)
+    with spoken_to(uri):
+        client = MlflowClient(uri)
+        labels = {"raybrats.recipe": config.recipe, **(tags or {})}
+        if parent is not None:
+            labels["mlflow.parentRunId"] = parent.run_id
+        experiment = _experiment(client, config)
+        run_id = client.create_run(experiment, tags=labels, run_name=config.run.name).info.run_id
+        for name, value in parameters(config).items():
+            client.log_param(run_id, name, value, synchronous=False)
+        client.log_dict(run_id, asdict(config) | {"run": {"name": config.run.name}}, "config.json")
+    return Run(uri, run_id)
+
+
+def finish(run: Run, status: str = "FINISHED") -> None:
+    """Closes the run: FINISHED, FAILED or KILLED."""
+    with spoken_to(run.uri):
+        MlflowClient(run.uri).set_terminated(run.run_id, status)
+
+
+def resume(run: Run) -> None:
+    """Opens the run again after a restart.
+
+    Raises:
+        TrackingError: the server is out of reach or does not know the run.
+    """
+    with spoken_to(run.uri):
+        MlflowClient(run.uri).update_run(run.run_id, "RUNNING")
+
+
+def curves(run: Run) -> dict[str, Curve]:
+    """Every metric of a run over its steps; of values logged twice the last one counts."""
+    with spoken_to(run.uri):
+        client = MlflowClient(run.uri)
+        names = client.get_run(run.run_id).data.metrics
+        histories = {name: client.get_metric_history(run.run_id, name) for name in names}
+    found = {}
+    for name, history in histories.items():
+        points = {m.step: m.value for m in sorted(history, key=lambda m: m.timestamp)}
+        found[name] = Curve(tuple(sorted(points)), tuple(points[s] for s in sorted(points)))
+    return found
+
+
+def parameters(config: TrainConfig) -> dict[str, str]:
+    """Dotted field -> value, of the sections that say nothing about places and people."""
+    rows = {"recipe": config.recipe, "run.seed": str(config.run.seed)}
+    for section, values in asdict(config).items():
+        if section in _LOGGED:
+            rows |= {f"{section}.{name}": redacted(str(v)) for name, v in values.items()}
+    return rows
+
+
+def redacted(text: str) -> str:
+    """The text without credentials in its URIs."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+
+
+class MetricLog:
+    """Sends metrics from a thread of its own, so that training never waits for the server."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._waiting: queue.Queue[list[Metric] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
+        self.failed = ""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hands metrics over; returns at once."""
+        now_ms = int(time.time() * 1000)
+        rows = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
+        self._waiting.put(rows)
+
+    def close(self) -> None:
+        """Waits, a minute at most, until everything is sent."""
+        self._waiting.put(None)
+        self._thread.join(timeout=60)
+
+    def _send(self) -> None:
+        client = MlflowClient(self._run.uri)
+        while (rows := self._waiting.get()) is not None:
+            try:
+                client.log_batch(self._run.run_id, metrics=rows)
+            except Exception as error:  # training goes on without its metrics, and says so
+                self.failed = f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextmanager
+def spoken_to(uri: str) -> Iterator[None]:
+    """Turns what MLflow and its transport raise into one line about the server."""
+    try:
+        yield
+    except mlflow.exceptions.MlflowException as error:
+        words = str(error).splitlines()[0][:300]
+        raise TrackingError(f"MLflow at {redacted(uri)}: {words}") from error
+
+
+def _experiment(client: MlflowClient, config: TrainConfig) -> str:
+    name = config.tracking.experiment
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found.experiment_id
+    place = None
+    if client.tracking_uri.startswith("sqlite:"):  # without a server, artifacts go beside the runs
+        place = storage.join(storage.absolute(config.run.storage_uri), "mlartifacts")
+    return client.create_experiment(name, artifact_location=place)

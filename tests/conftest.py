@@ -1,0 +1,91 @@
+"""The session's servers: each starts when the first test asks for it and ends with the session."""
+
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.update(  # before anything imports ray or mlflow
+    RAY_AUTH_MODE="token",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    OMP_NUM_THREADS="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    NO_PROXY="127.0.0.1,localhost",
+)
+
+from services import S3, RayHead, make_bucket, mlflow_server, ray_head, s3_server
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """The S3 server; every client of this process finds it in the environment."""
+    from s3fs import S3FileSystem
+
+    with s3_server(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()
+        yield server
+        S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def new_bucket(s3: S3) -> Callable[[], str]:
+    """Makes a bucket per call and returns its name."""
+    return lambda: make_bucket(s3, f"test-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture
+def bucket(new_bucket: Callable[[], str]) -> str:
+    """Name of a bucket of this test's own."""
+    return new_bucket()
+
+
+@pytest.fixture(scope="session")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[str]:
+    """Tracking URI of the MLflow server, whose artifacts lie in the bucket "mlflow"."""
+    make_bucket(s3, "mlflow")
+    with mlflow_server(tmp_path_factory.mktemp("mlflow"), s3, "mlflow") as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[RayHead]:
+    """The Ray head of four logical CPUs, with this process connected to it.
+
+    Its workers import raybrats, and the modules that hold the tests, from this checkout.
+    """
+    modules = [folder for folder in sys.path if Path(folder).is_relative_to(TESTS)]
+    environment = {
+        **s3.environment(),
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *modules]),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    }
+    with (
+        ray_head(tmp_path_factory.mktemp("ray"), environment) as head,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in head.environment.items():
+            patch.setenv(name, value)
+        import ray
+
+        ray.init(address=head.address)
+        yield head
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def real_cases() -> Path:
+    """Folder of real BraTS cases, which cannot be redistributed."""
+    if "RAYBRATS_REAL_CASES" not in os.environ:
+        pytest.skip("RAYBRATS_REAL_CASES does not name a folder of real BraTS cases")
+    return Path(os.environ["RAYBRATS_REAL_CASES"])
