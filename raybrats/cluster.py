@@ -2,9 +2,13 @@
 
 import os
 import stat
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from raybrats.errors import ResourcesError
+
+T, R = TypeVar("T"), TypeVar("R")
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -21,10 +25,11 @@ DATA_CPUS = 1.0
 """CPUs that a run leaves to Ray Data at least; without any, Ray waits in silence."""
 
 
-def connect(*, dashboard: bool = False) -> None:
+def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     """Joins the cluster of RAY_ADDRESS or of this job, else starts one on this machine.
 
     Args:
+        verbose: pass the workers' own output on to this process.
         dashboard: start it with a local cluster; Ray Tune asks it for the state of ended trials.
 
     Raises:
@@ -38,7 +43,12 @@ def connect(*, dashboard: bool = False) -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     try:
-        ray.init(address=address, logging_level="WARNING", include_dashboard=_wanted(dashboard))
+        ray.init(
+            address=address,
+            logging_level="WARNING",
+            log_to_driver=verbose,
+            include_dashboard=_wanted(dashboard),
+        )
     except (ConnectionError, RuntimeError) as error:
         words = str(error).splitlines()[0]
         raise ResourcesError(f"Ray cluster {address or 'on this machine'}: {words}") from error
@@ -79,6 +89,25 @@ def resources() -> dict[str, float]:
 
     total = ray.cluster_resources()
     return {kind: float(total.get(kind, 0.0)) for kind in ("CPU", "GPU")}
+
+
+def each(
+    function: Callable[[T], R], items: Sequence[T], *, num_cpus: float, memory: int
+) -> Iterator[R]:
+    """The function of every item as cluster tasks, in the order in which they end.
+
+    No more are in flight than keep the cluster busy, so memory does not grow with the items.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=num_cpus, memory=memory, max_retries=2)(function)
+    in_flight = max(2, int(2 * resources()["CPU"] / num_cpus))
+    waiting, running = list(reversed(items)), []
+    while waiting or running:
+        while waiting and len(running) < in_flight:
+            running.append(task.remote(waiting.pop()))
+        done, running = ray.wait(running, num_returns=1)
+        yield from ray.get(done)
 
 
 def _wanted(dashboard: bool) -> bool | None:

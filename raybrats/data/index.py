@@ -1,15 +1,12 @@
 """Verifying a tree on the cluster: every case read and opened once, as Ray tasks."""
 
-from collections.abc import Iterator, Sequence
-
-import ray
-
+from raybrats import cluster
 from raybrats.data import cohort, storage
 from raybrats.data.cohort import Case
 from raybrats.errors import DataError
 from raybrats.progress import Display
 
-_TASK_MEMORY = 600 * 2**20
+TASK_MEMORY = 600 * 2**20
 """Bytes that opening one case may take: 4 modalities of 240x240x155 inflated, and copies."""
 
 
@@ -21,9 +18,10 @@ def index(uri: str, out_uri: str | None = None) -> list[Case]:
         StorageError: the tree is out of reach.
     """
     found = cohort.find_cases(uri)
+    verified = cluster.each(cohort.verify_case, found, num_cpus=0.5, memory=TASK_MEMORY)
+    cases: list[Case] = []
     with Display("indexing", len(found)) as display:
-        cases = []
-        for case in _verified(found):
+        for case in verified:
             cases.append(case)
             display.show(len(cases), case.case_id)
     cases.sort(key=lambda case: case.case_id)
@@ -32,27 +30,14 @@ def index(uri: str, out_uri: str | None = None) -> list[Case]:
     return cases
 
 
-def load(uri: str) -> list[Case]:
-    """The cases of a cohort file, or of a tree, which is then indexed.
+def load(uri: str, *, verify: bool = True) -> list[Case]:
+    """The cases of a cohort file, or of a tree, which is indexed first where asked for.
 
     Raises:
         DataError: no URI, or no case there.
     """
     if not uri:
         raise DataError("data.cohort is empty; give a cohort file or a tree of cases")
-    if not uri.endswith(".parquet"):
-        return index(uri)
-    return cohort.read_cohort(storage.absolute(uri))
-
-
-def _verified(cases: Sequence[Case]) -> Iterator[Case]:
-    """Each case as its task ends; no more tasks in flight than keep the cluster busy."""
-    verify = ray.remote(num_cpus=0.5, memory=_TASK_MEMORY, max_retries=2)(cohort.verify_case)
-    in_flight = max(2, int(4 * ray.cluster_resources().get("CPU", 1)))
-    waiting = list(reversed(cases))
-    running: list[ray.ObjectRef] = []
-    while waiting or running:
-        while waiting and len(running) < in_flight:
-            running.append(verify.remote(waiting.pop()))
-        done, running = ray.wait(running, num_returns=1)
-        yield from ray.get(done)
+    if uri.endswith(".parquet"):
+        return cohort.read_cohort(storage.absolute(uri))
+    return index(uri) if verify else cohort.find_cases(uri)

@@ -70,6 +70,23 @@ def stem(uri: str) -> str:
     return _VOLUME.sub("", storage.name(uri))
 
 
+def is_volume(uri: str) -> bool:
+    """Whether the name is that of a NIfTI file."""
+    return bool(_VOLUME.search(uri)) and not storage.name(uri).startswith(".")
+
+
+def is_modality(uri: str) -> bool:
+    """Whether the name ends in a modality."""
+    match = _PART.match(stem(uri))
+    return match is not None and match[3].lower() != "seg"
+
+
+def is_reference(uri: str) -> bool:
+    """Whether the name ends in `seg`, as the editions' own label files do."""
+    match = _PART.match(stem(uri))
+    return match is not None and match[3].lower() == "seg"
+
+
 def case_id_of(label_uri: str) -> str:
     """Case id that a label or prediction file is named by."""
     return re.sub(r"[_-](seg|pred|prediction)$", "", stem(label_uri), flags=re.IGNORECASE)

@@ -1,11 +1,14 @@
 """MONAI networks by name."""
 
+from collections.abc import Mapping
+
 import torch
 from monai.networks.nets import DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 
 from raybrats.brats import REGIONS
 from raybrats.config import NetworkConfig
+from raybrats.errors import CheckpointError
 
 
 def build(config: NetworkConfig, num_modalities: int) -> nn.Module:
@@ -52,3 +55,26 @@ def heads(output: Tensor) -> list[Tensor]:
     MONAI's DynUNet stacks its heads, all at full size, along axis 1: (batch, head, region, ...).
     """
     return list(torch.unbind(output, dim=1)) if output.ndim == 6 else [output]
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of a network once, by its first name.
+
+    MONAI's DynUNet reaches the same layers by two paths, which `state_dict` lists twice.
+    """
+    return dict(network.named_parameters()) | dict(network.named_buffers())
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Fills a network with what `weights_of` gave.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    own = weights_of(network)
+    apart = sorted(set(own) ^ set(weights)) or [n for n in own if own[n].shape != weights[n].shape]
+    if apart:
+        raise CheckpointError(f"weights of another network: {len(apart)} differ, e.g. {apart[0]}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])

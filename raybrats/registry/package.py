@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,34 +74,33 @@ def register(
     return Version(name, number, alias)
 
 
-def load(model_uri: str, tracking_uri: str | None) -> Model:
+def load(model_uri: str, tracking_uri: str) -> Model:
     """The model behind `models:/name@alias`, `models:/name/version` or `runs:/id/model`.
 
     Raises:
         TrackingError: the server is out of reach, or there is no such model.
     """
-    with spoken_to(tracking_uri or "the default server"):
-        if tracking_uri:
-            mlflow.set_tracking_uri(tracking_uri)
-            mlflow.set_registry_uri(tracking_uri)
+    with spoken_to(tracking_uri):
+        mlflow.set_tracking_uri(tracking_uri)
+        mlflow.set_registry_uri(tracking_uri)
         loaded = mlflow.pyfunc.load_model(resolve(model_uri, tracking_uri))
     modalities = tuple(loaded.metadata.metadata["modalities"])
     return Model(resolve(model_uri, tracking_uri), modalities, loaded.predict)
 
 
-def resolve(model_uri: str, tracking_uri: str | None) -> str:
+def resolve(model_uri: str, tracking_uri: str) -> str:
     """The URI with an alias replaced by the version that it stands for now."""
     name, at, alias = model_uri.removeprefix("models:/").partition("@")
     if not at:
         return model_uri
-    with spoken_to(tracking_uri or "the default server"):
+    with spoken_to(tracking_uri):
         found = MlflowClient(tracking_uri, tracking_uri).get_model_version_by_alias(name, alias)
     return f"models:/{name}/{found.version}"
 
 
-def versions(tracking_uri: str | None, name: str) -> list[dict[str, str]]:
+def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
     """Every version of a registered model, newest first: number, aliases, Dice, recipe, run."""
-    with spoken_to(tracking_uri or "the default server"):
+    with spoken_to(tracking_uri):
         client = MlflowClient(tracking_uri, tracking_uri)
         aliases: dict[str, list[str]] = {}
         for alias, number in client.get_registered_model(name).aliases.items():
@@ -128,7 +128,13 @@ def _log(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
         inputs=Schema([TensorSpec(np.dtype(np.float32), shape)]),
         outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
     )
-    with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=run.run_id):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mlflow.start_run(run_id=run.run_id),
+        warnings.catch_warnings(),
+    ):
+        # An input example would be segmented at once, and the signature is given.
+        warnings.filterwarnings("ignore", message=".*[Ii]nput example")
         weights, settings = Path(folder, "weights.safetensors"), Path(folder, "config.json")
         weights.write_bytes(files["weights.safetensors"])
         settings.write_text(to_json(config))

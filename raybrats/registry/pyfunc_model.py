@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from raybrats.config import from_json
 from raybrats.model.inference import segment
-from raybrats.model.network import build
+from raybrats.model.network import build, load_weights
 
 
 class Segmenter(PythonModel):
@@ -24,7 +24,7 @@ class Segmenter(PythonModel):
         self.config = from_json(Path(context.artifacts["config"]).read_text())
         device = "cuda" if torch.cuda.is_available() else "cpu"
         network = build(self.config.network, len(self.config.data.modalities))
-        network.load_state_dict(load_file(context.artifacts["weights"]))
+        load_weights(network, load_file(context.artifacts["weights"]))
         self.network = network.to(device).eval()
 
     def predict(self, model_input: np.ndarray) -> np.ndarray:

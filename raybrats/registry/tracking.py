@@ -13,17 +13,9 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
-from raybrats.config import TrainConfig
+from raybrats.config import RunConfig, TrainConfig
 from raybrats.data import storage
 from raybrats.errors import TrackingError, UsageError
-
-for _name, _value in {
-    # With MLflow's defaults one call to a dead server blocks for four minutes (measured: 246 s).
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}.items():
-    os.environ.setdefault(_name, _value)
 
 _LOGGED = ("data", "augment", "network", "loss", "optim", "validation", "cluster")
 """Sections whose fields become parameters; URIs lose their credentials."""
@@ -46,17 +38,25 @@ class Curve:
 
 
 def tracking_uri(config: TrainConfig) -> str:
-    """The server of the run: its own setting, MLFLOW_TRACKING_URI, or SQLite beside local runs.
+    """The server of the run: its own setting, else the default beside its storage.
 
     Raises:
         UsageError: none is set, and the runs are not on a local path.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    if uri:
+    return config.tracking.uri or default_uri(config.run.storage_uri)
+
+
+def default_uri(storage_uri: str = RunConfig().storage_uri) -> str:
+    """MLFLOW_TRACKING_URI, else SQLite in the folder of local runs.
+
+    Raises:
+        UsageError: the variable is not set, and the runs are not on a local path.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI", ""):
         return uri
-    if storage.is_remote(config.run.storage_uri):
-        raise UsageError("tracking.uri is empty; give the URI of an MLflow server")
-    folder = storage.absolute(config.run.storage_uri)
+    if storage.is_remote(storage_uri):
+        raise UsageError("no MLflow server: set tracking.uri or MLFLOW_TRACKING_URI")
+    folder = storage.absolute(storage_uri)
     os.makedirs(folder, exist_ok=True)
     return f"sqlite:///{folder}/mlflow.db"
 

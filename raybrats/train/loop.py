@@ -14,7 +14,7 @@ from raybrats.data.prepare import Prepared
 from raybrats.model.inference import labels_of, predict_regions, whole_case
 from raybrats.model.loss import RegionLoss
 from raybrats.model.metrics import region_dice
-from raybrats.model.network import build, heads
+from raybrats.model.network import build, heads, load_weights
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Learner:
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any], step: int) -> None:
         """Continues from a checkpoint."""
-        self.bare.load_state_dict(weights)
+        load_weights(self.bare, weights)
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"])
         self.step = step

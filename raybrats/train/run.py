@@ -1,6 +1,7 @@
 """train(config) -> Result: cohort, placement, Ray Train, and the registered model."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -58,7 +59,7 @@ def train(config: TrainConfig) -> Result:
     cluster.connect()
     _check_fits(config, streams=1)
     cases = usable(config, index.load(config.data.cohort))
-    run = _open_tracking(config, run_uri, known)
+    run = open_tracking(config, run_uri, known)
     try:
         with watched(f"training {config.run.name}", config.optim.steps) as board:
             metrics = fit(make_job(config, cases, run, board=board))
@@ -116,16 +117,20 @@ def split(config: TrainConfig, cases: Sequence[Case]) -> tuple[list[Case], list[
 
 
 def make_job(
-    config: TrainConfig, cases: Sequence[Case], run: Run, board: "ActorHandle | None" = None
+    config: TrainConfig,
+    cases: Sequence[Case],
+    run: Run,
+    *,
+    board: "ActorHandle | None" = None,
+    share: int = 1,
 ) -> Job:
-    """What the workers of a run are told."""
+    """What the workers of a run are told; `share` runs have the cluster together."""
     train_cases, held_out = split(config, cases)
     workers = config.cluster.workers
-    spare = cluster.resources()["CPU"] - workers * config.cluster.cpus_per_worker
-    run_uri = storage.join(storage.absolute(config.run.storage_uri), config.run.name)
+    spare = cluster.resources()["CPU"] / share - workers * config.cluster.cpus_per_worker
     return Job(
         config=config,
-        run_uri=run_uri,
+        run_uri=storage.join(storage.absolute(config.run.storage_uri), config.run.name),
         train_cases=tuple(train_cases),
         held_out=tuple(held_out),
         data_cpus=max(spare, cluster.DATA_CPUS) / workers,
@@ -135,7 +140,7 @@ def make_job(
 
 
 def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
-    """Runs the workers to the last step and returns what they reported last.
+    """Runs the workers to the last step and returns what rank 0 reported last.
 
     Raises:
         RaybratsError: the cause in a worker, where it was one that a user can act on.
@@ -166,7 +171,7 @@ def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
         result = trainer.fit()
     except Exception as error:
         raise _cause(error, job) from error
-    return dict(result.metrics or {})
+    return dict(result.return_value)
 
 
 def register_best(
@@ -254,14 +259,16 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return [name for name in found if not name.startswith("run.") or name == "run.seed"]
 
 
-def _open_tracking(config: TrainConfig, run_uri: str, known: dict[str, Any] | None) -> Run:
+def open_tracking(
+    config: TrainConfig, run_uri: str, known: Mapping[str, Any] | None, parent: Run | None = None
+) -> Run:
     """The MLflow run of an earlier attempt, or a new one that later attempts will find."""
     uri = tracking.tracking_uri(config)
     if known is not None:
         run = Run(uri, known["mlflow_run_id"])
         tracking.resume(run)
         return run
-    run = tracking.start(config)
+    run = tracking.start(config, parent=parent)
     record = {
         "mlflow_run_id": run.run_id,
         "digest": digest(config),
@@ -285,8 +292,9 @@ def _cause(error: BaseException, job: Job) -> BaseException:
             link = inner if isinstance(inner, BaseException) else link.__cause__
     saved = checkpoint.written(job.run_uri)
     place = f"step {saved[-1].step} of {job.config.optim.steps}" if saved else "no checkpoint yet"
-    first = str(failures[0] if failures else error).strip().splitlines()
+    lines = str(failures[0] if failures else error).strip().splitlines() or [repr(error)]
+    named_ones = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
     return RaybratsError(
-        f"run {job.config.run.name} stopped ({place}): {first[-1] if first else error}; "
+        f"run {job.config.run.name} stopped ({place}): {(named_ones or lines)[-1][:300]}; "
         "the same command resumes it"
     )

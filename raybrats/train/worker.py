@@ -19,6 +19,7 @@ from raybrats.config import TrainConfig
 from raybrats.data.cohort import Case, prepare_case
 from raybrats.data.prepare import Prepared
 from raybrats.data.stream import Share, open_stream
+from raybrats.model.network import weights_of
 from raybrats.registry.tracking import MetricLog, Run
 from raybrats.train import checkpoint, loop
 
@@ -65,8 +66,8 @@ class _Pace:
         }
 
 
-def work(settings: Mapping[str, Any]) -> None:
-    """Trains from the newest good checkpoint to the last step."""
+def work(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Trains from the newest good checkpoint to the last step; what was reported last."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     job: Job = settings["job"]
     context = ray.train.get_context()
@@ -80,17 +81,18 @@ def work(settings: Mapping[str, Any]) -> None:
         ids = [device.index] if device.type == "cuda" else None
         learner.network = DistributedDataParallel(learner.bare, device_ids=ids)
     if learner.step >= job.config.optim.steps:
-        ray.train.report({"step": learner.step, **metrics})
-        return
+        return {"step": learner.step, **metrics}
     log = MetricLog(job.tracking) if rank == 0 else None
-    _run(job, learner, Share(rank, world, learner.step, job.config.optim.steps, job.data_cpus), log)
+    share = Share(rank, world, learner.step, job.config.optim.steps, job.data_cpus)
+    last = _run(job, learner, share, log)
     if log is not None:
         log.close()
+    return last
 
 
-def _run(job: Job, learner: loop.Learner, share: Share, log: MetricLog | None) -> None:
+def _run(job: Job, learner: loop.Learner, share: Share, log: MetricLog | None) -> dict[str, float]:
     """Steps, with validation, checkpoint and report every so many of them and at the end."""
-    config, pace = job.config, _Pace()
+    config, pace, last = job.config, _Pace(), {}
     batches = open_stream(config, job.train_cases, share)
     while learner.step < config.optim.steps:
         began = time.perf_counter()
@@ -103,7 +105,8 @@ def _run(job: Job, learner: loop.Learner, share: Share, log: MetricLog | None) -
         if learner.step % LOG_EVERY_STEPS == 0 or learner.step == config.optim.steps:
             _tell(job, learner, pace, log)
         if due or learner.step == config.optim.steps:
-            _validate_and_save(job, learner, share, pace, log)
+            last = _validate_and_save(job, learner, share, pace, log)
+    return last
 
 
 def _tell(job: Job, learner: loop.Learner, pace: _Pace, log: MetricLog | None) -> None:
@@ -122,7 +125,7 @@ def _tell(job: Job, learner: loop.Learner, pace: _Pace, log: MetricLog | None) -
 
 def _validate_and_save(
     job: Job, learner: loop.Learner, share: Share, pace: _Pace, log: MetricLog | None
-) -> None:
+) -> dict[str, float]:
     mine = _prepared(job.config, job.held_out[share.rank :: share.world])
     scores = _gather(loop.validate(learner, mine), share.world)
     means = loop.mean_scores(scores, REGIONS)
@@ -133,12 +136,14 @@ def _validate_and_save(
             job.run_uri,
             job.config,
             step=learner.step,
-            weights=learner.bare.state_dict(),
+            weights=weights_of(learner.bare),
             state=learner.state(),
             metrics=metrics,
         )
         checkpoint.prune(job.run_uri)
-    ray.train.report({"step": learner.step, **metrics})
+    reported = {"step": learner.step, **metrics}
+    ray.train.report(reported)
+    return reported
 
 
 def _resume(job: Job, learner: loop.Learner, rank: int) -> Mapping[str, float]:

@@ -1,0 +1,148 @@
+"""Predictions x references -> one row a case and region."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from raybrats import cluster
+from raybrats.brats import EDITIONS
+from raybrats.data import cohort, index, layout, storage
+from raybrats.data.prepare import labels_from
+from raybrats.data.volume import Volume, canonical_spacing, decode
+from raybrats.errors import DataError, UsageError
+from raybrats.model.metrics import score_case
+from raybrats.progress import Display
+
+SCORES = ("dice", "iou", "f1", "hd95_mm", "sensitivity", "specificity")
+
+
+@dataclass(frozen=True)
+class LabelFile:
+    """One label file, and its values of NCR, ED and ET where they are known."""
+
+    case_id: str
+    uri: str
+    values: tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of every case."""
+
+    rows: tuple[Mapping[str, Any], ...]
+    """{case_id, region, dice, iou, f1, hd95_mm, sensitivity, specificity}."""
+    mean: Mapping[str, Mapping[str, float]]
+    """Region -> score -> mean over cases; `mean` is the unweighted mean of the regions."""
+    missing: tuple[str, ...]
+    """References without a prediction."""
+
+
+def evaluate(predictions: str, references: str, edition: str | None = None) -> Evaluation:
+    """Scores every prediction against the reference of the same case id.
+
+    Args:
+        predictions: folder or URI of label files named by case id, or a cohort.
+        references: the same.
+        edition: label convention of the files; told from the data where not given (a cohort
+            knows its own).
+
+    Raises:
+        DataError: no prediction has a reference, or a prediction has none.
+        UsageError: there is no such edition.
+    """
+    if edition is not None and edition not in EDITIONS:
+        raise UsageError(f"--edition {edition!r}: there are {', '.join(EDITIONS)}")
+    cluster.connect()
+    values = EDITIONS[edition].label_values if edition else None
+    ours = _label_files(predictions, values, wanted="predictions")
+    theirs = _label_files(references, values, wanted="references")
+    strangers = sorted(set(ours) - set(theirs))
+    if strangers:
+        raise DataError(f"no reference for {', '.join(strangers[:5])} in {references}")
+    pairs = [(ours[case_id], theirs[case_id]) for case_id in sorted(ours)]
+    scored: dict[str, list[dict[str, Any]]] = {}
+    with Display("evaluating", len(pairs)) as display:
+        tasks = cluster.each(score_pair, pairs, num_cpus=0.5, memory=index.TASK_MEMORY)
+        for rows in tasks:
+            scored[rows[0]["case_id"]] = rows
+            display.show(len(scored), rows[0]["case_id"])
+    rows = tuple(row for case_id in sorted(scored) for row in scored[case_id])
+    return Evaluation(rows, means(rows), tuple(sorted(set(theirs) - set(ours))))
+
+
+def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:
+    """The rows of one case.
+
+    Raises:
+        DataError: a file is damaged, or the two differ in grid.
+    """
+    (prediction, _), (reference, spacing) = map(_read, pair)
+    if prediction.shape != reference.shape:
+        shapes = f"{prediction.shape} against {reference.shape}"
+        raise DataError(f"{pair[0].case_id}: prediction and reference differ in shape, {shapes}")
+    scores = score_case(prediction, reference, spacing)
+    return [{"case_id": pair[0].case_id, **asdict(score)} for score in scores]
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean over cases of each score of each region, and over the regions."""
+    regions = list(dict.fromkeys(row["region"] for row in rows))
+    table = {
+        region: {s: float(np.mean([r[s] for r in rows if r["region"] == region])) for s in SCORES}
+        for region in regions
+    }
+    return {**table, "mean": {s: float(np.mean([table[r][s] for r in regions])) for s in SCORES}}
+
+
+def _label_files(
+    uri: str, values: tuple[int, int, int] | None, wanted: str
+) -> dict[str, LabelFile]:
+    """Label files by case id, from a cohort file, a tree of cases, or a folder of label files."""
+    uri = storage.absolute(uri)
+    if uri.endswith(".parquet"):
+        cases = cohort.read_cohort(uri)
+    else:
+        plain = _plain_files(uri, values, wanted)
+        if plain:
+            return plain
+        cases = cohort.find_cases(uri)
+    found = {
+        c.case_id: LabelFile(c.case_id, c.label_uri, values or c.label_values)
+        for c in cases
+        if c.label_uri is not None
+    }
+    if not found:
+        raise DataError(f"{uri}: no label file")
+    return found
+
+
+def _plain_files(
+    uri: str, values: tuple[int, int, int] | None, wanted: str
+) -> dict[str, LabelFile]:
+    """The label files of a folder that holds nothing else; both kinds may lie side by side."""
+    files = [u for u in storage.list_objects(uri) if layout.is_volume(u)]
+    labels = [u for u in files if not layout.is_modality(u)]
+    if len(labels) < len(files):
+        return {}
+    marked = [u for u in labels if layout.is_reference(u)]
+    if 0 < len(marked) < len(labels):
+        labels = marked if wanted == "references" else [u for u in labels if u not in set(marked)]
+    ids = [layout.case_id_of(u) for u in labels]
+    return {i: LabelFile(i, u, values) for i, u in zip(ids, labels, strict=True)}
+
+
+def _read(file: LabelFile) -> tuple[np.ndarray, tuple[float, float, float]]:
+    name = storage.name(file.uri)
+    volume = decode(storage.read_bytes(file.uri), name)
+    values = file.values or _told_from(volume, name)
+    return labels_from(volume, values, name), canonical_spacing(volume.grid)
+
+
+def _told_from(volume: Volume, name: str) -> tuple[int, int, int]:
+    """ET is 4 where a 4 occurs, else 3; a file with both needs to be told."""
+    found = set(np.unique(np.rint(volume.values)).astype(int).tolist())
+    if {3, 4} <= found:
+        raise DataError(f"{name}: labels 3 and 4 both occur; say which by --edition")
+    return (1, 2, 4) if 4 in found else (1, 2, 3)
