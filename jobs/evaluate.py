@@ -1,4 +1,4 @@
-"""raybrats evaluate as a job.
+r"""raybrats evaluate as a job.
 
 ray job submit --working-dir . -- python jobs/evaluate.py s3://bucket/predictions s3://bucket/cohort.parquet
 """

@@ -1,6 +1,6 @@
-"""raybrats index as a job.
+r"""raybrats index as a job.
 
-ray job submit --working-dir . -- python jobs/index.py s3://bucket/BraTS2020 \\
+ray job submit --working-dir . -- python jobs/index.py s3://bucket/BraTS2020 \
         --out s3://bucket/cohort.parquet
 """
 

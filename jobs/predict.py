@@ -1,6 +1,7 @@
-"""raybrats predict as a job.
+r"""raybrats predict as a job.
 
-ray job submit --working-dir . -- python jobs/predict.py models:/raybrats@champion s3://bucket/cohort.parquet \\
+ray job submit --working-dir . -- python jobs/predict.py models:/raybrats@champion \
+        s3://bucket/cohort.parquet \
         --out s3://bucket/predictions
 """
 

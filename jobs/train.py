@@ -1,8 +1,8 @@
-"""raybrats train as a job.
+r"""raybrats train as a job.
 
-ray job submit --working-dir . -- python jobs/train.py nnunet \\
-        --data.cohort s3://bucket/cohort.parquet \\
-        --cluster.workers 4 \\
+ray job submit --working-dir . -- python jobs/train.py nnunet \
+        --data.cohort s3://bucket/cohort.parquet \
+        --cluster.workers 4 \
         --optim.global_batch 8
 """
 

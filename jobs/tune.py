@@ -1,8 +1,8 @@
-"""raybrats tune as a job.
+r"""raybrats tune as a job.
 
-ray job submit --working-dir . -- python jobs/tune.py crop128 \\
-        --data.cohort s3://bucket/cohort.parquet \\
-        --space "loss.dice_weight=uniform(0.2,0.8)" \\
+ray job submit --working-dir . -- python jobs/tune.py crop128 \
+        --data.cohort s3://bucket/cohort.parquet \
+        --space "loss.dice_weight=uniform(0.2,0.8)" \
         --trials 8
 """
 
