@@ -47,6 +47,7 @@ def run_demo(out: str) -> dict[str, Any]:
         storage.join(out, "report.html"),
         run=result.mlflow_run_id,
         tracking_uri=tracking_uri,
+        evaluation=evaluation,
     )
     return {
         "index": found,

@@ -112,13 +112,27 @@ def rename(old_uri: str, new_uri: str) -> None:
     )
 
 
+def for_ray(uri: str) -> dict[str, Any]:
+    """`storage_path` and `storage_filesystem` of a Ray RunConfig for a URI.
+
+    Ray would open s3:// by pyarrow's own client, whose uploads an older Ceph refuses (411).
+    """
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, path = fsspec.url_to_fs(absolute(uri), **_options(uri))
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
+def _options(uri: str) -> dict[str, Any]:
+    return _S3_OPTIONS if uri.startswith("s3://") else {}
+
+
 def _attempt(uri: str, action: Callable[[Any, str], T]) -> T:
     """Runs an action on the URI's file system; transient errors are retried with jitter."""
     give_up = time.monotonic() + DEADLINE_S
     for turn in range(100):
         try:
-            options = _S3_OPTIONS if uri.startswith("s3://") else {}
-            fs, path = fsspec.url_to_fs(absolute(uri), **options)
+            fs, path = fsspec.url_to_fs(absolute(uri), **_options(uri))
             return action(fs, path)
         except Exception as error:
             refusal = _permanent(uri, error)

@@ -1,5 +1,6 @@
 """Checkpoint -> registered model: code, safetensors and configuration; champion and challenger."""
 
+import hashlib
 import importlib.metadata
 import tempfile
 import warnings
@@ -54,7 +55,8 @@ def register(
     """Registers weights as a new version: champion if it beats the present one, else challenger.
 
     Versions are compared by mean region Dice, and only where they were scored on the same
-    held-out cases (`held_out`: a digest of them); otherwise the present champion stays.
+    held-out cases (`held_out`: a digest of them); otherwise the present champion stays. The same
+    weights of the same run are not registered twice.
 
     Raises:
         RegistrationError: the registry does not take it; the checkpoint stays in storage.
@@ -63,9 +65,13 @@ def register(
     try:
         with spoken_to(run.uri):
             client = MlflowClient(run.uri, registry_uri=run.uri)
+            weights = hashlib.sha256(files["weights.safetensors"]).hexdigest()
+            if (earlier := _registered(client, name, run, weights)) is not None:
+                return earlier
             number = _log(run, config, files)
             tags = {f"dice_{region}": f"{value:.6f}" for region, value in scores.items()}
-            for key, value in (tags | {"held_out": held_out, "recipe": config.recipe}).items():
+            tags |= {"held_out": held_out, "recipe": config.recipe, "weights_sha256": weights}
+            for key, value in tags.items():
                 client.set_model_version_tag(name, number, key, value)
             alias = _alias(client, name, scores["mean"], held_out)
             client.set_registered_model_alias(name, alias, number)
@@ -96,6 +102,18 @@ def resolve(model_uri: str, tracking_uri: str) -> str:
     with spoken_to(tracking_uri):
         found = MlflowClient(tracking_uri, tracking_uri).get_model_version_by_alias(name, alias)
     return f"models:/{name}/{found.version}"
+
+
+def run_of(model_uri: str, tracking_uri: str) -> str:
+    """The MLflow run that a `models:/name/version` came from.
+
+    Raises:
+        TrackingError: there is no such version.
+    """
+    name, _, version = model_uri.removeprefix("models:/").partition("/")
+    with spoken_to(tracking_uri):
+        found = MlflowClient(tracking_uri, tracking_uri).get_model_version(name, version)
+    return str(found.run_id or "")
 
 
 def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
@@ -149,6 +167,16 @@ def _log(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
             registered_model_name=config.tracking.model,
         )
     return str(info.registered_model_version)
+
+
+def _registered(client: MlflowClient, name: str, run: Run, weights: str) -> Version | None:
+    """The version that these weights of this run already have."""
+    for found in client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'"):
+        if found.tags.get("weights_sha256") == weights:
+            # A search leaves the aliases out (MLflow 3.17), so the version is asked for itself.
+            aliases = client.get_model_version(name, found.version).aliases
+            return Version(name, str(found.version), (*aliases, "")[0])
+    return None
 
 
 def _pinned(names: Sequence[str]) -> list[str]:

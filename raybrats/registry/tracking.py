@@ -112,6 +112,12 @@ def curves(run: Run) -> dict[str, Curve]:
     return found
 
 
+def logged(run: Run) -> dict[str, str]:
+    """The parameters of a run, as they were logged."""
+    with spoken_to(run.uri):
+        return dict(MlflowClient(run.uri).get_run(run.run_id).data.params)
+
+
 def parameters(config: TrainConfig) -> dict[str, str]:
     """Dotted field -> value, of the sections that say nothing about places and people."""
     rows = {"recipe": config.recipe, "run.seed": str(config.run.seed)}

@@ -160,7 +160,7 @@ def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
             # Ray's own index of a run can be damaged for good, so every attempt gets a new one;
             # what to resume from is decided by checkpoint.py.
             name=f"{config.run.name}-{attempt}",
-            storage_path=storage.join(job.run_uri, "ray"),
+            **storage.for_ray(storage.join(job.run_uri, "ray")),
             failure_config=FailureConfig(
                 max_failures=config.cluster.max_failures, controller_failure_limit=3
             ),

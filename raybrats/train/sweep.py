@@ -151,7 +151,7 @@ def _fit(
         ),
         run_config=tune.RunConfig(
             name=config.run.name,
-            storage_path=storage.join(storage.absolute(config.run.storage_uri), "tune"),
+            **storage.for_ray(storage.join(config.run.storage_uri, "tune")),
             failure_config=tune.FailureConfig(max_failures=0),  # retries belong to Ray Train
             callbacks=[_Shown(num_trials)],
             verbose=0,
