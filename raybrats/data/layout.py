@@ -127,7 +127,7 @@ def _folder_case(case_id: str, parts: dict[str, list[str]]) -> Files:
     edition = EDITIONS[_edition_of(case_id, stem(first))]
     images = tuple(parts[m][0] for m in MODALITIES if m in parts)
     labels = parts.get("seg", [None])[0]
-    return Files(case_id, edition.name, "folders", images, labels, edition.label_values, problem)
+    return Files(case_id, edition.name, "brats", images, labels, edition.label_values, problem)
 
 
 def _edition_of(case_id: str, file_stem: str) -> str:

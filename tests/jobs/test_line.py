@@ -74,6 +74,7 @@ def indexed(line: Line) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(line: Line, indexed: dict[str, Any]) -> dict[str, Any]:
+    assert indexed["ok"] == 8
     small = SMALL.format(patch=line.patch)
     length = "--optim.steps 30 --validation.every_steps 30 --run.name one"
     return line.job(f"train.py tiny {line.options} {small} {length}")
@@ -131,9 +132,8 @@ def test_sweep_has_four_trials_and_registers_the_best(trained: dict[str, Any], l
     assert len(parents) == 1
 
 
-def test_champion_segments_a_case_in_its_own_grid(
-    trained: dict[str, Any], line: Line, s3: S3, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("trained")
+def test_champion_segments_a_case_in_its_own_grid(line: Line, s3: S3, tmp_path: Path) -> None:
     out = f"s3://{line.bucket}/predictions"
     words = f"predict.py models:/{line.model}@champion {line.cohort} --out {out} --fold 0"
     predicted = line.job(f"{words} --tracking-uri {line.mlflow_uri}")
