@@ -3,16 +3,16 @@
     raybrats train tiny --data.cohort s3://bucket/BraTS2020
 
 Tables and progress on a terminal; with --json one JSON document on stdout and nothing else there.
+Each verb parses its words before it imports what it calls, so that help and typos cost nothing.
 """
 
-import io
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TextIO
 
 from raybrats.arguments import (
     Demo,
@@ -44,9 +44,10 @@ class Answer:
 
 def demo(args: Sequence[str]) -> Answer:
     """Run the whole line on phantoms: index, train, register, predict, evaluate, report."""
+    o = parse(Demo, "demo", args)
     from raybrats.demo import run_demo
 
-    document = run_demo(parse(Demo, "demo", args).out)
+    document = run_demo(o.out)
     scores = document["evaluate"]["mean"]
     rows = [[name, *(_figure(v) for v in scores[name].values())] for name in REGION_COLUMNS]
     title = f"held-out Dice per region; report: {document['report']}"
@@ -55,20 +56,20 @@ def demo(args: Sequence[str]) -> Answer:
 
 def phantom(args: Sequence[str]) -> Answer:
     """Write a synthetic cohort in the tree, names and label values of an edition."""
+    o = parse(Phantom, "phantom", args)
     from raybrats.data.phantom import write_phantoms
 
-    o = parse(Phantom, "phantom", args)
     ids = write_phantoms(o.out, num_cases=o.cases, shape=o.shape, edition=o.edition, seed=o.seed)
     return Answer({"uri": o.out, "cases": ids}, f"{len(ids)} cases in {o.out}", ("case",), [])
 
 
 def index(args: Sequence[str]) -> Answer:
     """Find, open and verify every case of a tree, and write the cohort file."""
+    o = parse(Index, "index", args)
     from raybrats import cluster
     from raybrats.data import cohort, storage
     from raybrats.data import index as indexing
 
-    o = parse(Index, "index", args)
     cluster.connect()
     out = storage.absolute(o.out)
     document = cohort.summary(indexing.index(o.uri, out)) | {"cohort_uri": out}
@@ -79,9 +80,10 @@ def index(args: Sequence[str]) -> Answer:
 
 def train(args: Sequence[str]) -> Answer:
     """Train one network from a recipe and register it."""
+    config = config_of("train", args)
     from raybrats.train.run import train as run
 
-    result = run(config_of("train", args))
+    result = run(config)
     model = result.model
     title = f"{result.run_uri}, {result.steps} steps"
     if model is not None:
@@ -92,10 +94,11 @@ def train(args: Sequence[str]) -> Answer:
 
 def tune(args: Sequence[str]) -> Answer:
     """Search over fields of a recipe, with early stopping, and register the best."""
+    options, rest = parse_known(Tune, "tune", args)
+    config = config_of("tune", rest)
     from raybrats.train.sweep import search
 
-    options, rest = parse_known(Tune, "tune", args)
-    sweep = search(config_of("tune", rest), options.space, options.trials)
+    sweep = search(config, options.space, options.trials)
     document = asdict(sweep)
     rows = [
         (t.status, _figure(t.score), *(f"{k}={v}" for k, v in t.overrides.items()))
@@ -107,9 +110,9 @@ def tune(args: Sequence[str]) -> Answer:
 
 def predict(args: Sequence[str]) -> Answer:
     """Segment every case of a cohort with a registered model."""
+    o = parse(Predict, "predict", args)
     from raybrats.predict.predict import predict as run
 
-    o = parse(Predict, "predict", args)
     outcome = run(o.model, o.cohort, o.out, fold=o.fold, tracking_uri=o.tracking_uri)
     title = f"{outcome.model}: {outcome.written} written, {outcome.skipped} skipped, in {o.out}"
     rows = [(failed["case_id"], failed["reason"]) for failed in outcome.failed]
@@ -118,10 +121,10 @@ def predict(args: Sequence[str]) -> Answer:
 
 def evaluate(args: Sequence[str]) -> Answer:
     """Score predictions against references, case by case and region by region."""
+    o = parse(Evaluate, "evaluate", args)
     from raybrats.predict.evaluate import SCORES
     from raybrats.predict.evaluate import evaluate as run
 
-    o = parse(Evaluate, "evaluate", args)
     found = run(o.predictions, o.references, o.edition)
     document = {"cases": found.rows, "mean": found.mean, "missing": found.missing}
     rows = [[name, *(_figure(v) for v in found.mean[name].values())] for name in REGION_COLUMNS]
@@ -131,18 +134,18 @@ def evaluate(args: Sequence[str]) -> Answer:
 
 def report(args: Sequence[str]) -> Answer:
     """Write one HTML page: curves of a run, scores and overlays of its predictions."""
+    o = parse(Report, "report", args)
     from raybrats.predict.report import write_report
 
-    o = parse(Report, "report", args)
     uri = write_report(o.predictions, o.cohort, o.out, run=o.run, tracking_uri=o.tracking_uri)
     return Answer({"report_uri": uri}, uri, (), [])
 
 
 def models(args: Sequence[str]) -> Answer:
     """List the versions of a registered model with their aliases and scores."""
+    o = parse(Models, "models", args)
     from raybrats.registry import package, tracking
 
-    o = parse(Models, "models", args)
     rows = package.versions(o.tracking_uri or tracking.default_uri(), o.name)
     columns = tuple(rows[0]) if rows else ()
     return Answer(
@@ -161,10 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     flags = {flag for flag in ("--json", "--debug") if flag in args}
     args = [arg for arg in args if arg not in flags]
+    asks = not {"-h", "--help"}.isdisjoint(args)
     if not args or args[0] in ("-h", "--help"):
         _print(_overview())
         return 0 if args else 2
-    stdout = _only_for_the_answer()
+    stdout = sys.stdout if asks else _only_for_the_answer()
     try:
         answer = _verb(args[0])(args[1:])
         _show(answer, stdout, as_json="--json" in flags)
@@ -187,7 +191,7 @@ def _verb(name: str) -> Callable[[Sequence[str]], Answer]:
     return VERBS[name]
 
 
-def _only_for_the_answer() -> io.TextIOBase:
+def _only_for_the_answer() -> TextIO:
     """The real stdout; whatever else writes to it from now on, in any library, reaches stderr."""
     sys.stdout.flush()
     own = os.fdopen(os.dup(1), "w")
@@ -195,7 +199,7 @@ def _only_for_the_answer() -> io.TextIOBase:
     return own
 
 
-def _show(answer: Answer, stdout: io.TextIOBase, *, as_json: bool) -> None:
+def _show(answer: Answer, stdout: TextIO, *, as_json: bool) -> None:
     if as_json:
         stdout.write(json.dumps(answer.document, indent=1) + "\n")
     else:

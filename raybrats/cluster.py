@@ -1,12 +1,13 @@
 """The Ray cluster of this process: joining it, and whether a request fits it."""
 
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from raybrats.errors import ResourcesError
+from raybrats.errors import RaybratsError, ResourcesError
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -37,7 +38,7 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    import ray
+    import ray.data
 
     if ray.is_initialized():
         return
@@ -45,7 +46,7 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     try:
         ray.init(
             address=address,
-            logging_level="WARNING",
+            logging_level="ERROR",
             log_to_driver=verbose,
             include_dashboard=_wanted(dashboard),
         )
@@ -53,6 +54,8 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
         words = str(error).splitlines()[0]
         raise ResourcesError(f"Ray cluster {address or 'on this machine'}: {words}") from error
     _protect_token()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # progress.py shows it
 
 
 def check_fits(*, workers: int, cpus_per_worker: float, gpu: bool, streams: int = 1) -> None:
@@ -97,6 +100,9 @@ def each(
     """The function of every item as cluster tasks, in the order in which they end.
 
     No more are in flight than keep the cluster busy, so memory does not grow with the items.
+
+    Raises:
+        RaybratsError: the first that the function raises.
     """
     import ray
 
@@ -107,7 +113,12 @@ def each(
         while waiting and len(running) < in_flight:
             running.append(task.remote(waiting.pop()))
         done, running = ray.wait(running, num_returns=1)
-        yield from ray.get(done)
+        try:
+            yield from ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RaybratsError):
+                raise error.cause from error  # its own words, not the traceback around them
+            raise
 
 
 def _wanted(dashboard: bool) -> bool | None:

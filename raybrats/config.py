@@ -6,7 +6,8 @@ that need them, so the mathematics runs where neither is installed.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -102,6 +103,7 @@ class NetworkConfig(Section):
     def __post_init__(self) -> None:
         enough = 3 if self.name == "dynunet" else 2
         _require(len(self.widths) >= enough, "network.widths", f">= {enough} long", self.widths)
+        _require(min(self.widths) >= 1, "network.widths", ">= 1 each", self.widths)
         heads = self.deep_supervision
         fits = heads == 0 or (self.name == "dynunet" and heads <= len(self.widths) - 2)
         _require(fits, "network.deep_supervision", "0..len(widths)-2, with dynunet", heads)
@@ -212,6 +214,7 @@ class RunConfig(Section):
         allowed = all(c.isalnum() or c in "-_." for c in self.name) and self.name[:1] != "."
         _require(allowed, "run.name", "letters, digits, '-', '_' and '.'", self.name)
         _require(bool(self.storage_uri), "run.storage_uri", "a path or URI", self.storage_uri)
+        _require(self.seed >= 0, "run.seed", ">= 0", self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,14 +264,9 @@ def from_json(text: str) -> TrainConfig:
     Raises:
         UsageError: a key is unknown or a value does not fit.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import TypeAdapter
 
-    try:
-        return TypeAdapter(TrainConfig).validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the configuration"
-        raise UsageError(f"{where}: {first['msg']}") from None
+    return _told(lambda: TypeAdapter(TrainConfig).validate_json(text))
 
 
 def digest(config: TrainConfig) -> str:
@@ -282,18 +280,36 @@ def override(config: T, path: str, value: object) -> T:
     """The same configuration with the field at a dotted path changed.
 
     Raises:
-        UsageError: there is no such field (the nearest name is suggested), or the value breaks
-            a rule of its section.
+        UsageError: there is no such field (the nearest name is suggested), or the value has
+            another type or breaks a rule.
     """
-    head, _, rest = path.partition(".")
-    names = [f.name for f in fields(config)] if is_dataclass(config) else []
-    if head not in names:
-        near = get_close_matches(head, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
-        raise UsageError(f"no field {head!r} in {type(config).__name__}{hint}")
-    changed = override(getattr(config, head), rest, value) if rest else _as_tuple(value)
-    return replace(config, **{head: changed})  # type: ignore[type-var]
+    from pydantic import TypeAdapter
+
+    tree = asdict(config)  # type: ignore[call-overload]
+    section: object = config
+    branch = parent = tree
+    for name in path.split("."):
+        names = [f.name for f in fields(section)] if is_dataclass(section) else []
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            there = f"; there are {', '.join(names)}" if names else ""
+            hint = f"; did you mean {near[0]!r}?" if near else there
+            raise UsageError(f"{path}: no field {name!r} in {type(section).__name__}{hint}")
+        section, parent, branch = getattr(section, name), branch, branch[name]
+    parent[name] = value
+    return _told(lambda: TypeAdapter(type(config)).validate_python(tree))
 
 
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+def _told(validate: Callable[[], T]) -> T:
+    """What pydantic makes of a run; its first complaint in one line that names the field."""
+    from pydantic import ValidationError
+
+    try:
+        return validate()
+    except ValidationError as error:
+        first = error.errors()[0]
+        broken = first.get("ctx", {}).get("error")
+        if isinstance(broken, UsageError):
+            raise broken from None
+        where = ".".join(str(part) for part in first["loc"]) or "the configuration"
+        raise UsageError(f"{where}: {first['msg']}") from None

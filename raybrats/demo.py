@@ -14,7 +14,7 @@ from raybrats.recipes import tiny
 from raybrats.train.run import train
 
 SHAPE = (64, 64, 48)
-NUM_CASES = 15
+NUM_CASES = 12
 
 
 def run_demo(out: str) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from raybrats.brats import MODALITIES
 from raybrats.config import NUM_FOLDS
 from raybrats.data import layout, storage
 from raybrats.data.prepare import Normalisation, Prepared, labels_from, prepare
-from raybrats.data.volume import Grid, Volume, canonical_spacing, decode
+from raybrats.data.volume import (
+    Grid,
+    Volume,
+    canonical_spacing,
+    decode,
+    from_canonical,
+    to_canonical,
+)
 from raybrats.errors import DataError, StorageError
 
 if TYPE_CHECKING:
@@ -168,9 +175,10 @@ def read_cohort(uri: str) -> list[Case]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    data = storage.read_bytes(uri)
     try:
-        rows = pq.read_table(io.BytesIO(storage.read_bytes(uri)), schema=_schema()).to_pylist()
-    except (pa.ArrowInvalid, pa.ArrowTypeError, KeyError) as error:
+        rows = pq.read_table(io.BytesIO(data)).select(_schema().names).cast(_schema()).to_pylist()
+    except (pa.ArrowException, KeyError) as error:
         raise DataError(
             f"{uri}: not a cohort file ({error}); make one by `raybrats index`"
         ) from None
@@ -203,7 +211,7 @@ def quarantined(cases: Sequence[Case]) -> list[Case]:
 
 def _named(files: layout.Files) -> Case:
     parts = files.case_id.split("-")
-    repeated = files.edition == "2023" and len(parts) == 4 and parts[-1].isdigit()
+    repeated = len(parts) == 4 and parts[0].lower() == "brats" and parts[-1].isdigit()
     return Case(
         case_id=files.case_id,
         subject="-".join(parts[:-1]) if repeated else files.case_id,
@@ -219,8 +227,9 @@ def _named(files: layout.Files) -> Case:
 
 def _one_grid(case: Case, volumes: list[Volume]) -> list[Volume]:
     """Checks that all files lie on one grid; a file without an orientation takes the others'."""
-    first = volumes[0].grid
-    for volume, uri in zip(volumes, (*case.image_uris, case.label_uri), strict=False):
+    first = next((v.grid for v in volumes if v.grid.known), volumes[0].grid)
+    uris = (*case.image_uris, case.label_uri)
+    for volume, uri in zip(volumes, uris, strict=False):
         name = storage.name(uri or "")
         if volume.grid.shape != first.shape:
             shapes = f"{volume.grid.shape} and {first.shape}"
@@ -229,7 +238,13 @@ def _one_grid(case: Case, volumes: list[Volume]) -> list[Volume]:
             apart = float(np.abs(volume.grid.affine - first.affine).max())
             if apart > 1e-2:
                 raise DataError(f"{case.case_id}: {name} lies elsewhere (affine {apart:.3g} off)")
-    return volumes
+    return [v if v.grid.known else _laid(v, first) for v in volumes]
+
+
+def _laid(volume: Volume, grid: Grid) -> Volume:
+    """The volume with its file's voxels taken to lie on another file's grid."""
+    stored = from_canonical(volume.voxels, volume.grid)
+    return replace(volume, voxels=to_canonical(stored, grid), grid=grid)
 
 
 def _modalities(case: Case, images: Sequence[Volume]) -> tuple[np.ndarray, ...]:

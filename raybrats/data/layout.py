@@ -22,6 +22,7 @@ _MODALITY_NAMES: Mapping[str, Modality] = {
 }
 _VOLUME = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _PART = re.compile(rf"^(.+)([_-])({'|'.join(_MODALITY_NAMES)}|seg)$", re.IGNORECASE)
+_CHANNEL = re.compile(r"_\d{4}$")
 _CASE_355_LABELS = re.compile(r"segm?$", re.IGNORECASE)
 """BraTS20_Training_355's label file is named W39_1998.09.19_Segm.nii."""
 
@@ -111,23 +112,28 @@ def _folder_cases(volumes: list[str]) -> Iterator[Files]:
     for (folder, case_id), parts in groups.items():
         if set(parts) == {"seg"}:  # label files alone: predictions, references
             continue
-        alone = sum(other == folder for other, _ in groups) == 1
-        if "seg" not in parts and alone and folder in strays:
-            parts["seg"] = strays[folder]
+        if "seg" not in parts and folder in strays:
+            alone = sum(other == folder for other, _ in groups) == 1
+            parts |= {"seg": strays[folder]} if alone else {}
         yield _folder_case(case_id, parts)
 
 
 def _folder_case(case_id: str, parts: dict[str, list[str]]) -> Files:
-    missing = [m for m in MODALITIES if m not in parts]
-    twice = [part for part, uris in parts.items() if len(uris) > 1]
-    problem = f"no {', '.join(missing)} file" if missing else ""
-    if twice:
-        problem = f"two files for {twice[0]}: {', '.join(map(storage.name, parts[twice[0]]))}"
     first = next(iter(parts.values()))[0]
     edition = EDITIONS[_edition_of(case_id, stem(first))]
     images = tuple(parts[m][0] for m in MODALITIES if m in parts)
     labels = parts.get("seg", [None])[0]
-    return Files(case_id, edition.name, "brats", images, labels, edition.label_values, problem)
+    values = edition.label_values
+    return Files(case_id, edition.name, "brats", images, labels, values, _problem(parts))
+
+
+def _problem(parts: Mapping[str, list[str]]) -> str:
+    """What is twice or missing among the files of a case, which go by modality or `seg`."""
+    for part, uris in parts.items():
+        if len(uris) > 1:
+            return f"two files for {part}: {', '.join(map(storage.name, uris))}"
+    missing = [m for m in MODALITIES if m not in parts]
+    return f"no {', '.join(missing)} file" if missing else ""
 
 
 def _edition_of(case_id: str, file_stem: str) -> str:
@@ -143,26 +149,46 @@ def _dataset_cases(uri: str, inside: list[str]) -> Iterator[Files]:
     channels = dataset.get("channel_names") or dataset.get("modality")
     if not isinstance(channels, dict) or not isinstance(dataset.get("labels"), dict):
         raise DataError(f"{uri}: neither a Decathlon nor an nnU-Net dataset.json")
-    order = _channel_order(uri, channels)
-    values = _label_values(uri, dataset["labels"])
-    labels = {stem(n): n for n in inside if n.startswith(f"{root}/labels") and _VOLUME.search(n)}
+    try:
+        order, values = _channel_order(uri, channels), _label_values(uri, dataset["labels"])
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{uri}: channels and labels are not numbered ({error})") from None
+    labels: dict[str, list[str]] = {}
+    for name in inside:
+        if name.startswith(f"{root}/labels") and _VOLUME.search(name):
+            labels.setdefault(stem(name), []).append(name)
     images = [n for n in inside if n.startswith(f"{root}/images") and _VOLUME.search(n)]
-    if not any(re.search(r"_\d{4}$", stem(name)) for name in images):
-        if order != tuple(range(len(MODALITIES))):
-            raise DataError(f"{uri}: channels {channels}; expected FLAIR, T1w, T1gd, T2w")
-        for name in images:
-            case_id = stem(name)
-            yield Files(case_id, "msd", "msd", (name,), labels.get(case_id), values)
-        return
-    groups: dict[str, dict[int, str]] = {}
+    numbered = [name for name in images if _CHANNEL.search(stem(name))]
+    if not numbered and order != tuple(range(len(MODALITIES))):
+        raise DataError(f"{uri}: channels {channels}; expected FLAIR, T1w, T1gd, T2w")
+    cases = _nnunet_cases(numbered, order) if numbered else _decathlon_cases(images)
+    kind = "nnunet" if numbered else "msd"
+    for case_id, uris, problem in cases:
+        masks = labels.get(case_id, [])
+        if len(masks) > 1:
+            problem = f"two files for seg: {', '.join(map(storage.name, masks))}"
+        yield Files(case_id, kind, kind, uris, masks[0] if masks else None, values, problem)
+
+
+def _decathlon_cases(images: list[str]) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Case id, its one file, and no problem."""
+    for name in images:
+        yield stem(name), (name,), ""
+
+
+def _nnunet_cases(
+    images: list[str], order: tuple[int, ...]
+) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Case id, its files in the order of `MODALITIES`, and what is wrong with them."""
+    modality = dict(zip(order, MODALITIES, strict=True))
+    groups: dict[str, dict[str, list[str]]] = {}
     for name in images:
         case_id, _, channel = stem(name).rpartition("_")
-        groups.setdefault(case_id, {})[int(channel)] = name
+        if int(channel) in modality:
+            parts = groups.setdefault(case_id, {})
+            parts.setdefault(modality[int(channel)], []).append(name)
     for case_id, parts in groups.items():
-        missing = [m for m, n in zip(MODALITIES, order, strict=True) if n not in parts]
-        problem = f"no {', '.join(missing)} file" if missing else ""
-        uris = tuple(parts[n] for n in order if n in parts)
-        yield Files(case_id, "nnunet", "nnunet", uris, labels.get(case_id), values, problem)
+        yield case_id, tuple(parts[m][0] for m in MODALITIES if m in parts), _problem(parts)
 
 
 def _read_json(uri: str) -> dict:
@@ -196,18 +222,21 @@ def _label_values(uri: str, labels: dict) -> tuple[int, int, int]:
             continue
         for key, pattern in (
             ("NCR", "necro|non-?_? ?enh|ncr|net"),
-            ("ED", "edema"),
+            ("ED", "edema|^ed$"),
             ("ET", "enh|et"),
         ):
             if re.search(pattern, word):
                 values[key] = int(value)
                 break
     regions = sorted((set(v) for _, v in pairs if isinstance(v, list | tuple)), key=len)
-    regions += [{int(v)} for n, v in pairs if not isinstance(v, list | tuple) and "back" not in n]
+    regions += [
+        {int(v)} for n, v in pairs if not isinstance(v, list | tuple) and "back" not in n.lower()
+    ]
     regions.sort(key=len)
     if len(values) != 3 and [len(r) for r in regions] == [1, 2, 3]:
         et, tc, wt = regions
-        values = {"NCR": (tc - et).pop(), "ED": (wt - tc).pop(), "ET": next(iter(et))}
+        if et < tc < wt:
+            values = {"NCR": (tc - et).pop(), "ED": (wt - tc).pop(), "ET": et.pop()}
     if len(set(values.values())) != 3:
         raise DataError(f"{uri}: labels {labels} do not name necrosis, oedema and enhancing tumour")
     return values["NCR"], values["ED"], values["ET"]

@@ -66,8 +66,7 @@ def prepare(
     gain, bias = np.zeros((2, len(modalities)), np.float32)
     background = np.zeros(len(modalities), np.int16)
     for m, modality in enumerate(modalities):
-        step, offset = _quantise(modality[box], image[m])
-        background[m] = round((float(backgrounds[m]) - offset) / step)
+        background[m] = _quantise(modality[box], backgrounds[m], image[m])
         gain[m], bias[m] = _gain_bias(image[m][inside], normalisation)
     cropped = None if labels is None else np.ascontiguousarray(labels[box], np.uint8)
     return Prepared(image, cropped, gain, bias, background, box, shape)
@@ -121,17 +120,21 @@ def _background(voxels: np.ndarray) -> float:
     return corners.flat[0].item() if (corners == corners.flat[0]).all() else 0
 
 
-def _quantise(voxels: np.ndarray, out: np.ndarray) -> tuple[float, float]:
-    """Fills `out` so that voxel = step * out + offset; whole numbers that fit are kept."""
-    low, high = float(voxels.min()), float(voxels.max())
-    fits = low >= _INT16.min and high <= _INT16.max
-    if fits and (voxels.dtype.kind in "iu" or (voxels == np.rint(voxels)).all()):
+def _quantise(voxels: np.ndarray, background: float, out: np.ndarray) -> int:
+    """Fills `out` with int16 on a line with the voxels; returns the background on that line.
+
+    Whole numbers that fit are kept. The line spans the background too, which the box may lack.
+    """
+    low = min(float(voxels.min()), background)
+    high = max(float(voxels.max()), background)
+    whole = voxels.dtype.kind in "iu" or bool((voxels == np.rint(voxels)).all())
+    if whole and low >= _INT16.min and high <= _INT16.max and background == round(background):
         out[:] = voxels
-        return 1.0, 0.0
+        return round(background)
     step = max((high - low) / 65_534, np.finfo(np.float32).tiny)
-    offset = low + 32_767 * step
-    out[:] = np.rint((voxels - offset) / step)
-    return step, offset
+    middle = (low + high) / 2
+    out[:] = np.rint((voxels.astype(np.float64) - middle) / step)  # float32 would round past 32767
+    return round((background - middle) / step)
 
 
 def _gain_bias(brain: np.ndarray, normalisation: str) -> tuple[float, float]:

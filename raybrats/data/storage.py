@@ -151,11 +151,13 @@ def _attempt(uri: str, action: Callable[[Any, str], T]) -> T:
 def _permanent(uri: str, error: Exception) -> StorageError | None:
     """The error in plain words where trying again cannot help, else None."""
     text = f"{type(error).__name__} {error} {error.__cause__}"
-    if isinstance(error, FileNotFoundError) or "NoSuchBucket" in text:
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or "NoSuchBucket" in text:
         return MissingObjectError(f"{uri}: does not exist")
+    if isinstance(error, IsADirectoryError):
+        return StorageError(f"{uri}: is a folder")
     if "ExpiredToken" in text:
         return StorageError(f"{uri}: the credentials have expired; renew them")
-    denied = ("AccessDenied", "Forbidden", "SignatureDoesNotMatch", "InvalidAccessKeyId", "403")
+    denied = ("AccessDenied", "Forbidden", "SignatureDoesNotMatch", "InvalidAccessKeyId", "(403)")
     if isinstance(error, PermissionError) or any(word in text for word in denied):
         return StorageError(f"{uri}: access refused; check AWS_ACCESS_KEY_ID and its permissions")
     if "NoCredentials" in text:

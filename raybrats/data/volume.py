@@ -17,6 +17,12 @@ from raybrats.errors import DataError
 CANONICAL = ("L", "P", "S")
 MAX_EDGE_VOXELS = 1024
 """Longest axis that is believed; BraTS has 240, whole-head research scans up to 512."""
+MAX_VOXELS = 512**3
+"""Most that is believed: a whole-head scan of 512 voxels an edge; 4-D BraTS has 36 million."""
+_MAX_OFFSET = 2**24
+"""Bytes before the voxels that are believed; the longest header extension seen ends at 4576."""
+_DEFLATE_RATIO = 1032
+"""Bytes that one deflated byte can hold at most, by its format."""
 _HEADER_BYTES = 544
 """Enough for NIfTI-1 (348) and NIfTI-2 (540)."""
 _DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
@@ -66,6 +72,7 @@ def decode(data: bytes, name: str) -> Volume:
     start = _inflate_start(data, name) if zipped else data[:_HEADER_BYTES]
     header = _header(start, name)
     shape = _checked_shape(header, name)
+    grid = _checked_grid(header, shape, name)
     dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
     length = offset + math.prod(shape) * dtype.itemsize
     raw = _inflate(data, length, name) if zipped else data
@@ -73,14 +80,10 @@ def decode(data: bytes, name: str) -> Volume:
         raise DataError(f"{name}: {len(raw)} bytes where its header needs {length}; fetch it again")
     voxels = np.frombuffer(raw, dtype, math.prod(shape), offset).reshape(shape, order="F")
     voxels = voxels.astype(dtype.newbyteorder("="), copy=False)
-    if dtype.kind == "f" and not np.isfinite(voxels).all():
-        bad = int(np.size(voxels) - np.isfinite(voxels).sum())
-        raise DataError(f"{name}: {bad} voxels are NaN or infinite; repair the file")
     slope, intercept = header.get_slope_inter()
-    known = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
-    grid = Grid(shape[:3], header.get_best_affine(), known)
-    slope, intercept = (1.0 if slope is None else slope), (intercept or 0.0)
-    return Volume(to_canonical(voxels, grid), float(slope), float(intercept), grid)
+    slope, intercept = float(1.0 if slope is None else slope), float(intercept or 0.0)
+    _check_finite(voxels, slope, intercept, name)
+    return Volume(to_canonical(voxels, grid), slope, intercept, grid)
 
 
 def encode_labels(labels: np.ndarray, grid: Grid) -> bytes:
@@ -133,18 +136,43 @@ def _checked_shape(header: nib.Nifti1Header, name: str) -> tuple[int, ...]:
         shape = shape[:-1]
     if len(shape) not in (3, 4) or not all(1 <= n <= MAX_EDGE_VOXELS for n in shape):
         raise DataError(f"{name}: dimensions {dims}; expected 3 or 4 axes of 1..{MAX_EDGE_VOXELS}")
+    if math.prod(shape) > MAX_VOXELS:
+        raise DataError(f"{name}: {shape} is more than {MAX_VOXELS} voxels")
     try:
         dtype = header.get_data_dtype().newbyteorder("=").name
-    except nib.spatialimages.HeaderDataError:
+    except (nib.spatialimages.HeaderDataError, KeyError):
         dtype = f"code {int(header['datatype'])}"
     if dtype not in _DTYPES:
         raise DataError(f"{name}: data type {dtype}; expected one of {', '.join(_DTYPES)}")
     offset = float(header["vox_offset"])
-    if not (math.isfinite(offset) and 348 <= offset <= 2**31):
-        raise DataError(f"{name}: vox_offset {offset}; expected 352 or more")
+    if not header.sizeof_hdr <= offset <= _MAX_OFFSET:
+        raise DataError(f"{name}: vox_offset {offset}; expected {header.sizeof_hdr}..{_MAX_OFFSET}")
     if not (math.isfinite(header["scl_slope"]) and math.isfinite(header["scl_inter"])):
         raise DataError(f"{name}: scl_slope or scl_inter is not finite; repair the header")
     return shape
+
+
+def _checked_grid(header: nib.Nifti1Header, shape: tuple[int, ...], name: str) -> Grid:
+    known = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+    try:
+        affine = header.get_best_affine()
+        with np.errstate(all="ignore"):
+            usable = bool(np.isfinite(orientations.io_orientation(affine)).all())
+    except (ValueError, np.linalg.LinAlgError):  # a quaternion that is none, NaN
+        usable = False
+    if not usable:
+        raise DataError(f"{name}: its sform or qform is no orientation in space; repair the header")
+    return Grid(shape[:3], affine, known)
+
+
+def _check_finite(voxels: np.ndarray, slope: float, intercept: float, name: str) -> None:
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        bad = int(np.size(voxels) - np.isfinite(voxels).sum())
+        raise DataError(f"{name}: {bad} voxels are NaN or infinite; repair the file")
+    if (slope, intercept) != (1.0, 0.0):
+        ends = [slope * float(end) + intercept for end in (voxels.min(), voxels.max())]
+        if max(map(abs, ends)) > float(np.finfo(np.float32).max):
+            raise DataError(f"{name}: scl_slope {slope} makes voxels infinite; repair the header")
 
 
 def _inflate_start(data: bytes, name: str) -> bytes:
@@ -157,7 +185,7 @@ def _inflate_start(data: bytes, name: str) -> bytes:
 def _inflate(data: bytes, length: int, name: str) -> bytes:
     """The member inflated; never more is allocated than the header and the trailer both claim."""
     claim = int.from_bytes(data[-4:], "little")
-    if not length <= claim <= length + 2**20:
+    if not length <= claim <= min(length + 2**20, _DEFLATE_RATIO * len(data)):
         return _inflate_members(data, length, name)
     try:
         raw = bytes(deflate.gzip_decompress(data, claim))
@@ -168,7 +196,7 @@ def _inflate(data: bytes, length: int, name: str) -> bytes:
 
 def _inflate_members(data: bytes, length: int, name: str) -> bytes:
     """For files of several gzip members (bgzip), and to name what is wrong with the others."""
-    out, rest = b"", data
+    out, rest = bytearray(), data
     try:
         while rest and len(out) < length + 2**20:
             member = zlib.decompressobj(wbits=31)
@@ -180,4 +208,4 @@ def _inflate_members(data: bytes, length: int, name: str) -> bytes:
             rest = member.unused_data.lstrip(b"\0")
     except zlib.error as error:
         raise DataError(f"{name}: damaged gzip ({error}); fetch it again") from error
-    return out
+    return bytes(out)

@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,7 @@ from mlflow.types import Schema, TensorSpec
 
 import raybrats
 from raybrats.config import TrainConfig, to_json
-from raybrats.errors import RegistrationError, TrackingError
+from raybrats.errors import RegistrationError, TrackingError, UsageError
 from raybrats.registry.tracking import Run, spoken_to
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -81,27 +83,38 @@ def register(
 
 
 def load(model_uri: str, tracking_uri: str) -> Model:
-    """The model behind `models:/name@alias`, `models:/name/version` or `runs:/id/model`.
+    """The model behind `models:/name@alias` or `models:/name/version`.
 
     Raises:
+        UsageError: the URI is not of that form.
         TrackingError: the server is out of reach, or there is no such model.
     """
+    name = resolve(model_uri, tracking_uri)
     with spoken_to(tracking_uri):
         mlflow.set_tracking_uri(tracking_uri)
         mlflow.set_registry_uri(tracking_uri)
-        loaded = mlflow.pyfunc.load_model(resolve(model_uri, tracking_uri))
-    modalities = tuple(loaded.metadata.metadata["modalities"])
-    return Model(resolve(model_uri, tracking_uri), modalities, loaded.predict)
+        loaded = mlflow.pyfunc.load_model(name)
+    return Model(name, tuple(loaded.metadata.metadata["modalities"]), loaded.predict)
 
 
 def resolve(model_uri: str, tracking_uri: str) -> str:
-    """The URI with an alias replaced by the version that it stands for now."""
-    name, at, alias = model_uri.removeprefix("models:/").partition("@")
-    if not at:
-        return model_uri
+    """The URI with an alias replaced by the version that it stands for now.
+
+    Raises:
+        UsageError: the URI is not of that form.
+        TrackingError: the server is out of reach, or there is no such model.
+    """
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model_uri)
+    if match is None:
+        raise UsageError(f"{model_uri!r}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, alias, number = match.groups()
     with spoken_to(tracking_uri):
-        found = MlflowClient(tracking_uri, tracking_uri).get_model_version_by_alias(name, alias)
-    return f"models:/{name}/{found.version}"
+        client = MlflowClient(tracking_uri, tracking_uri)
+        if alias:
+            number = client.get_model_version_by_alias(name, alias).version
+        else:
+            client.get_model_version(name, number)
+    return f"models:/{name}/{number}"
 
 
 def run_of(model_uri: str, tracking_uri: str) -> str:

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Metric, Param
 
-from raybrats.config import RunConfig, TrainConfig
+from raybrats.config import RunConfig, TrainConfig, to_json
 from raybrats.data import storage
 from raybrats.errors import TrackingError, UsageError
 
@@ -77,9 +77,8 @@ def start(
             labels["mlflow.parentRunId"] = parent.run_id
         experiment = _experiment(client, config)
         run_id = client.create_run(experiment, tags=labels, run_name=config.run.name).info.run_id
-        for name, value in parameters(config).items():
-            client.log_param(run_id, name, value, synchronous=False)
-        client.log_dict(run_id, asdict(config) | {"run": {"name": config.run.name}}, "config.json")
+        client.log_batch(run_id, params=[Param(*row) for row in parameters(config).items()])
+        client.log_text(run_id, redacted(to_json(config)), "config.json")
     return Run(uri, run_id)
 
 
@@ -129,7 +128,7 @@ def parameters(config: TrainConfig) -> dict[str, str]:
 
 def redacted(text: str) -> str:
     """The text without credentials in its URIs."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)
+    return re.sub(r"(?<=://)[^/\s\"]+@", "***@", text)
 
 
 class MetricLog:
@@ -168,7 +167,7 @@ def spoken_to(uri: str) -> Iterator[None]:
     try:
         yield
     except mlflow.exceptions.MlflowException as error:
-        words = str(error).splitlines()[0][:300]
+        words = redacted(str(error).splitlines()[0])[:300]
         raise TrackingError(f"MLflow at {redacted(uri)}: {words}") from error
 
 

@@ -5,9 +5,11 @@
 
 import io
 import json
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from raybrats.errors import ChangedObjectError, CheckpointError, MissingObjectEr
 
 MANIFEST = "MANIFEST.json"
 WEIGHTS, STATE, CONFIG = "weights.safetensors", "state.pt", "config.json"
-_STEP = re.compile(r"/checkpoints/(step-(\d{8}))/")
+_FINISHED = re.compile(rf"/checkpoints/(step-\d{{8}})/{re.escape(MANIFEST)}$")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,16 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Optimiser and random state; only tensors and plain values are unpickled."""
-        return torch.load(io.BytesIO(self.files[STATE]), map_location="cpu", weights_only=True)
+        """Optimiser and random state; only tensors and plain values are unpickled.
+
+        Raises:
+            CheckpointError: there is more in the file.
+        """
+        try:
+            return torch.load(io.BytesIO(self.files[STATE]), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            place = storage.join(self.uri, STATE)
+            raise CheckpointError(f"{place}: more than tensors and plain values") from error
 
 
 @dataclass(frozen=True)
@@ -82,16 +92,15 @@ def write(
         "metrics": dict(metrics),
         "files": {n: {"size": len(d), "sha256": storage.sha256(d)} for n, d in files.items()},
     }
-    storage.write_bytes(storage.join(uri, MANIFEST), json.dumps(manifest, indent=1).encode())
+    sealed = json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1)
+    storage.write_bytes(storage.join(uri, MANIFEST), sealed.encode())
     return uri
 
 
 def written(run_uri: str) -> list[Written]:
     """Checkpoints with a readable manifest, oldest first; their files are not verified."""
-    steps = sorted({match.group(1) for uri in _objects(run_uri) if (match := _STEP.search(uri))})
     found = []
-    for name in steps:
-        uri = storage.join(run_uri, "checkpoints", name)
+    for uri in _finished(run_uri):
         manifest = _manifest(uri)
         if manifest is not None:
             found.append(Written(uri, manifest["step"], manifest["metrics"]))
@@ -104,12 +113,12 @@ def newest(run_uri: str) -> Checkpoint | None:
     Raises:
         CheckpointError: there were checkpoints, and none can be trusted.
     """
-    candidates = written(run_uri)
-    for candidate in reversed(candidates):
+    candidates = _finished(run_uri)
+    for uri in reversed(candidates):
         try:
-            return read(candidate.uri)
+            return read(uri)
         except CheckpointError:
-            storage.rename(candidate.uri, _quarantine(candidate.uri))
+            storage.rename(uri, _quarantine(uri))
     if candidates or any("/quarantine/" in uri for uri in _objects(run_uri)):
         place = storage.join(run_uri, "checkpoints", "quarantine")
         raise CheckpointError(f"no checkpoint of {run_uri} verifies; they are kept in {place}")
@@ -136,7 +145,7 @@ def read(uri: str) -> Checkpoint:
     """
     manifest = _manifest(uri)
     if manifest is None:
-        raise CheckpointError(f"{uri}: no manifest; the upload was cut")
+        raise CheckpointError(f"{uri}: no manifest, or a damaged one")
     try:
         files = {
             name: storage.read_bytes(
@@ -166,14 +175,28 @@ def _objects(run_uri: str) -> list[str]:
         return []
 
 
+def _finished(run_uri: str) -> list[str]:
+    """Checkpoints that were written to the end, so to their manifest; oldest first."""
+    names = sorted(match[1] for uri in _objects(run_uri) if (match := _FINISHED.search(uri)))
+    return [storage.join(run_uri, "checkpoints", name) for name in names]
+
+
 def _manifest(uri: str) -> dict[str, Any] | None:
     try:
-        loaded = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
-        return loaded if {"step", "metrics", "files"} <= set(loaded) else None
-    except (MissingObjectError, ValueError, TypeError):
+        manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
+        return manifest if manifest.pop("sha256") == _seal(manifest) else None
+    except (MissingObjectError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """Sha256 of what the manifest says, for nothing else vouches for it."""
+    return storage.sha256(json.dumps(manifest, sort_keys=True).encode())
+
+
 def _quarantine(uri: str) -> str:
+    """A free place for a bad checkpoint; an earlier one of the same step stays where it is."""
     folder, _, name = uri.rpartition("/")
-    return storage.join(folder, "quarantine", name)
+    place = storage.join(folder, "quarantine", name)
+    places = (f"{place}.{n}" if n > 1 else place for n in count(1))
+    return next(free for free in places if not storage.exists(free))

@@ -107,6 +107,8 @@ def parse_space(space: Sequence[str], config: TrainConfig) -> dict[str, Domain]:
             arguments = ast.literal_eval(f"({match[3]},)")
             domain = _SAMPLERS[match[2]](*arguments)
             samples = domain.categories if match[2] == "choice" else [domain.sample()]
+            if not samples:
+                raise ValueError("nothing to choose from")
         except (SyntaxError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"--space {word!r}: {error}") from None
         for sample in samples:

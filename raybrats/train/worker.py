@@ -68,7 +68,7 @@ class _Pace:
 
 def work(settings: Mapping[str, Any]) -> dict[str, float]:
     """Trains from the newest good checkpoint to the last step; what was reported last."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     job: Job = settings["job"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

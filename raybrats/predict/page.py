@@ -1,0 +1,250 @@
+"""Facts, curves, scores and overlays -> one HTML page that needs nothing but a browser."""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from contourpy import contour_generator
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from raybrats.brats import ED, ET, LABEL_NAMES, NCR, REGIONS
+from raybrats.data.prepare import Box, bounding_box
+from raybrats.model.metrics import HD95_ONE_EMPTY_MM, region_mask
+from raybrats.predict.evaluate import SCORES, means
+from raybrats.registry.tracking import Curve
+
+COLOURS = {ED: "#56b4e9", ET: "#ff5a1f", NCR: "#f0e442"}
+"""Of each label, in drawing order: Okabe & Ito 2008, vermilion brightened; yellow on dark NCR."""
+_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+_PANELS = (("flair", "axial"), ("t1ce", "axial"), ("flair", "coronal"), ("t1ce", "sagittal"))
+_MAX_FRAMES, _MAX_PIXELS, _NUM_GREYS = 40, 1_800_000, 40
+"""Of the GIF: pure noise takes 6.3 bits a pixel (measured), so that it stays under 1.5 MB."""
+_CHARTS = {  # title -> upper end of the axis, and the curves
+    "Training loss": (None, ("train/loss",)),
+    "Validation Dice": (1, tuple(f"val/dice_{name}" for name in (*REGIONS, "mean"))),
+    "Learning rate": (None, ("train/lr",)),
+    "Patches per second": (None, ("patches_per_s",)),
+    "Share of time waiting for data": (1, ("data_wait_fraction",)),
+}
+_LINE_COLOURS = ("#2f86c9", "#d9591a", "#b8930b", "#888888")
+_INK = "#010203"  # stands in matplotlib for the page's own text colour
+_STYLE = {
+    "axes.edgecolor": _INK, "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK,
+    "ytick.color": _INK, "grid.color": _INK, "grid.alpha": 0.15, "axes.grid": True,
+    "axes.spines.top": False, "axes.spines.right": False, "font.family": "sans-serif",
+    "axes.autolimit_mode": "round_numbers", "axes.xmargin": 0, "axes.ymargin": 0, "font.size": 9,
+    "svg.fonttype": "none", "svg.hashsalt": "raybrats", "legend.frameon": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One case to look at, on canonical (LPS) axes (i, j, k)."""
+
+    case_id: str
+    flair: np.ndarray
+    t1ce: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    reference: np.ndarray | None  # uint8: 0, NCR, ED, ET
+    prediction: np.ndarray
+
+    def __post_init__(self) -> None:
+        shapes = {a.shape for a in vars(self).values() if isinstance(a, np.ndarray)}
+        if len(shapes) > 1 or self.flair.ndim != 3:
+            raise ValueError(f"{self.case_id}: volumes must share one (i, j, k), got {shapes}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows; empty parts are left out."""
+
+    title: str
+    facts: Mapping[str, str]
+    curves: Mapping[str, Curve]  # as `tracking.curves` gives them
+    scores: Sequence[Mapping[str, Any]]  # rows, as in `Evaluation`
+    overlays: Sequence[Overlay]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One slice as the page draws it; lengths and paths (SVG, by label) in mm."""
+
+    modality: str
+    plane: str
+    index: int
+    size: tuple[float, float]
+    image: str
+    prediction: Mapping[str, str]
+    reference: Mapping[str, str]
+
+
+def render(report: Report) -> str:
+    """The page: self-contained HTML, the same text for the same report."""
+    loader = jinja2.PackageLoader("raybrats", "predict")
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return pages.get_template("page.html.jinja").render(
+        report=report,
+        regions=REGIONS,
+        score_names=SCORES,
+        means=means(report.scores) if report.scores else {},
+        cases=_worst_first(report.scores),
+        hd95_one_empty=HD95_ONE_EMPTY_MM,
+        charts=list(_charts(report.curves)),
+        overlays=[(overlay, _panels(overlay), _volumes(overlay)) for overlay in report.overlays],
+        fly_through=_fly_through(report.overlays[0]) if report.overlays else "",
+        colours={LABEL_NAMES[label - 1]: colour for label, colour in COLOURS.items()},
+    )
+
+
+def _worst_first(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Case id -> rows by region and the mean Dice, by that mean."""
+    cases: dict[str, dict[str, Any]] = {}
+    for row in scores:
+        cases.setdefault(str(row["case_id"]), {})[str(row["region"])] = row
+    for rows in cases.values():
+        rows["mean"] = {"dice": float(np.mean([row["dice"] for row in rows.values()]))}
+    return dict(sorted(cases.items(), key=lambda case: (case[1]["mean"]["dice"], case[0])))
+
+
+def _charts(curves: Mapping[str, Curve]) -> Iterator[tuple[str, Markup]]:
+    """Title and inline SVG of each chart that has something to show."""
+    for title, (top, names) in _CHARTS.items():
+        given = {name: curves[name] for name in names if name in curves}
+        lines = {name: np.array([c.steps, c.values], float) for name, c in given.items()}
+        lines = {name: line[:, np.isfinite(line[1])] for name, line in lines.items()}
+        if lines := {name: line for name, line in lines.items() if line.size}:
+            yield title, _chart(title, top, lines)
+
+
+@mpl.rc_context(_STYLE)
+def _chart(title: str, top: float | None, lines: Mapping[str, np.ndarray]) -> Markup:
+    size = (5.3, 2.9) if title in ("Training loss", "Validation Dice") else (3.5, 1.8)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot(xlabel="step")
+    for colour, (name, (steps, values)) in zip(_LINE_COLOURS, lines.items(), strict=False):
+        label = f"{name.rpartition('_')[2]} {values[-1]:.3f}"
+        if title == "Training loss":
+            axes.plot(steps, values, color=colour, lw=0.6, alpha=0.4)
+            weights = np.ones(len(values) // 50 * 2 + 1)
+            values = np.convolve(values, weights, "same")  # a running mean, shorter at the ends
+            values /= np.convolve(np.ones_like(values), weights, "same")
+        marker = "o" if len(values) < 40 else None
+        axes.plot(steps, values, color=colour, lw=1.4, marker=marker, ms=3, label=label)
+    axes.set_ylim(min(0, axes.get_ylim()[0]), top)
+    if len(lines) > 1:
+        axes.legend(loc="lower right", title="last value", ncols=2)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue().replace(_INK, "currentColor")
+    svg = re.sub(r"^.*?(?=<svg)|<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
+    return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"| id="\w+_\d+"', "", svg))
+
+
+def _panels(overlay: Overlay) -> list[Panel]:
+    """Slices through the largest cross-sections of the tumour."""
+    box, at = _head(overlay), _largest(overlay)
+    panels = []
+    for modality, plane in _PANELS:
+        axis = _AXES[plane]
+        place = at[axis] - box[axis].start
+        mm = [s for n, s in enumerate(overlay.spacing_mm) if n != axis]
+        image = _cut(_grey(getattr(overlay, modality)[box]), axis, place)
+        paths = []
+        for labels in (overlay.prediction, overlay.reference):
+            cut = image * 0 if labels is None else _cut(labels[box], axis, place)
+            paths.append({LABEL_NAMES[n - 1]: _path(cut == n, mm) for n in COLOURS})
+        size, uri = np.multiply(image.shape[::-1], mm), _data_uri(Image.fromarray(image))
+        panels.append(Panel(modality, plane, at[axis], tuple(size.tolist()), uri, *paths))
+    return panels
+
+
+def _head(overlay: Overlay) -> Box:
+    """The box around what differs from the background, with a margin of 3 voxels."""
+    mask = (overlay.flair != overlay.flair.flat[0]) | (overlay.t1ce != overlay.t1ce.flat[0])
+    for labels in (overlay.prediction, overlay.reference):
+        mask |= labels is not None and labels > 0
+    i, j, k = bounding_box(mask if mask.any() else ~mask)
+    return tuple(slice(max(s.start - 3, 0), s.stop + 3) for s in (i, j, k))
+
+
+def _largest(overlay: Overlay) -> list[int]:
+    """Slice of each axis with most tumour: the reference's, else the prediction's, else midway."""
+    for labels in (overlay.reference, overlay.prediction):
+        if labels is not None and labels.any():
+            return [int((labels > 0).sum(axis=a).argmax()) for a in ((1, 2), (0, 2), (0, 1))]
+    return [(s.start + s.stop) // 2 for s in _head(overlay)]
+
+
+def _grey(voxels: np.ndarray) -> np.ndarray:
+    """8-bit grey between the 0.5th and 99.8th percentile of what is not background."""
+    head = voxels != voxels.flat[0]
+    low, high = np.percentile(voxels[head], (0.5, 99.8)) if head.any() else (0, 1)
+    scaled = (voxels.astype(np.float32) - low) / max(high - low, 1e-6)
+    return (np.clip(scaled, 0, 1) * head * 255).astype(np.uint8)
+
+
+def _cut(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
+    """A slice as it is looked at: rows downwards, in radiological convention."""
+    return volume.take(index, axis).T[:: 1 if axis == 2 else -1]
+
+
+def _outlines(mask: np.ndarray, scale: Sequence[float]) -> list[np.ndarray]:
+    """Closed lines (point, xy) from the corner, halfway between the voxels inside and outside."""
+    lines = contour_generator(z=np.pad(mask, 1).astype(np.float32)).lines(0.5)
+    return [(np.asarray(line) - 0.5) * scale for line in lines]
+
+
+def _path(mask: np.ndarray, mm: Sequence[float]) -> str:
+    lines = [[f"{x:.1f},{y:.1f}" for x, y in line] for line in _outlines(mask, mm)]
+    return "".join(f"M{'L'.join(points)}Z" for points in lines)
+
+
+def _volumes(overlay: Overlay) -> dict[str, list[float]]:
+    """Region -> cm3 predicted and, where there is one, in the reference."""
+    cm3 = math.prod(overlay.spacing_mm) / 1000
+    both = [labels for labels in (overlay.prediction, overlay.reference) if labels is not None]
+    return {r: [cm3 * int(region_mask(labels, r).sum()) for labels in both] for r in REGIONS}
+
+
+def _fly_through(overlay: Overlay) -> str:
+    """Axial FLAIR slices through the predicted tumour, outlined, as an animated GIF."""
+    box = _head(overlay)
+    labels = overlay.prediction[box]
+    greys = (_grey(overlay.flair[box]) * (_NUM_GREYS / 256)).astype(np.uint8)
+    found = np.flatnonzero(labels.any(axis=(0, 1)) | (not labels.any()))
+    first, last = max(found[0] - 3, 0), min(found[-1] + 3, labels.shape[2] - 1)
+    chosen = np.linspace(first, last, max(2, min(_MAX_FRAMES, last - first + 1))).astype(int)
+    width, height = np.multiply(labels.shape[:2], overlay.spacing_mm[:2])
+    scale = min(math.sqrt(_MAX_PIXELS / len(chosen) / width / height), 2.5)
+    size = round(width * scale), round(height * scale)
+    return _data_uri(*(_frame(greys[..., k].T, labels[..., k].T, size) for k in chosen))
+
+
+def _frame(grey: np.ndarray, labels: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """One palette image: greys first, then the colours of the labels."""
+    smooth = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)
+    frame = Image.frombytes("P", size, smooth.tobytes())
+    ramp = np.linspace(0, 255, _NUM_GREYS).astype(int).repeat(3).tolist()
+    frame.putpalette(ramp + [n for colour in COLOURS.values() for n in bytes.fromhex(colour[1:])])
+    pen = ImageDraw.Draw(frame)
+    for n, label in enumerate(COLOURS):
+        for line in _outlines(labels == label, np.divide(size, labels.shape[::-1])):
+            pen.line(line.ravel().tolist(), fill=_NUM_GREYS + n)
+    return frame
+
+
+def _data_uri(first: Image.Image, *others: Image.Image) -> str:
+    """One image as PNG, several as an animated GIF."""
+    data, kind = io.BytesIO(), "gif" if others else "png"
+    movie = {"save_all": True, "append_images": others, "duration": 120, "loop": 0}
+    first.save(data, kind, **movie if others else {"optimize": True})
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"

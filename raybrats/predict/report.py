@@ -1,0 +1,116 @@
+"""What a run and its predictions came to, gathered into one HTML page."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from raybrats import cluster
+from raybrats.brats import MODALITIES
+from raybrats.data import index, storage
+from raybrats.data.cohort import BAD, Case, open_case
+from raybrats.data.prepare import labels_from
+from raybrats.data.volume import canonical_spacing, decode
+from raybrats.errors import DataError, MissingObjectError
+from raybrats.predict.evaluate import Evaluation, evaluate
+from raybrats.predict.page import Overlay, Report, render
+from raybrats.predict.predict import RECORD, file_name
+from raybrats.registry import package, tracking
+from raybrats.registry.tracking import Run
+
+MAX_OVERLAYS = 6
+
+
+def write_report(
+    predictions: str,
+    cohort_uri: str,
+    out_uri: str,
+    *,
+    run: str = "",
+    tracking_uri: str = "",
+    evaluation: Evaluation | None = None,
+) -> str:
+    """Writes the page and returns where it lies.
+
+    Args:
+        predictions: folder or URI that `predict` wrote.
+        cohort_uri: the cases that it read; their labels are the references, where they have any.
+        out_uri: the page.
+        run: MLflow run whose curves are shown; that of the predictions' model where not given.
+        tracking_uri: MLflow server; `tracking.default_uri()` where not given.
+        evaluation: scores of these predictions; measured here where not given.
+
+    Raises:
+        DataError: the folder holds no predictions of these cases.
+    """
+    cluster.connect()
+    tracking_uri = tracking_uri or tracking.default_uri()
+    predictions, out_uri = storage.absolute(predictions), storage.absolute(out_uri)
+    model = _model_of(predictions)
+    shown = Run(tracking_uri, run or package.run_of(model, tracking_uri))
+    there = {storage.name(uri) for uri in storage.list_objects(predictions)}
+    cases = index.load(cohort_uri, verify=False)
+    cases = [c for c in cases if c.status != BAD and file_name(c) in there]
+    if not cases:
+        raise DataError(f"{predictions}: no prediction of a case of {cohort_uri}")
+    if evaluation is None and any(case.label_uri for case in cases):
+        evaluation = evaluate(predictions, cohort_uri)
+    rows = evaluation.rows if evaluation else ()
+    page = Report(
+        title=f"raybrats: {model}",
+        facts=_facts(model, shown, len(cases)),
+        curves=tracking.curves(shown),
+        scores=rows,
+        overlays=[_overlay(case, predictions) for case in _chosen(cases, rows)],
+    )
+    storage.write_bytes(out_uri, render(page).encode())
+    return out_uri
+
+
+def _model_of(predictions: str) -> str:
+    try:
+        return str(json.loads(storage.read_bytes(storage.join(predictions, RECORD)))["model"])
+    except (MissingObjectError, ValueError, KeyError):
+        raise DataError(f"{predictions}: not a folder that `raybrats predict` wrote") from None
+
+
+def _facts(model: str, run: Run, num_cases: int) -> dict[str, str]:
+    """The lines at the head of the page."""
+    logged = tracking.logged(run)
+    named = {
+        "recipe": "recipe",
+        "network": "network.name",
+        "widths": "network.widths",
+        "patch": "data.patch_size",
+        "normalisation": "data.normalisation",
+        "steps": "optim.steps",
+        "global batch": "optim.global_batch",
+        "workers": "cluster.workers",
+    }
+    facts = {title: logged[name] for title, name in named.items() if name in logged}
+    return {"model": model, **facts, "cases": str(num_cases), "MLflow run": run.run_id}
+
+
+def _chosen(cases: Sequence[Case], rows: Sequence[Mapping[str, object]]) -> list[Case]:
+    """At most `MAX_OVERLAYS` cases, spread evenly from the worst mean Dice to the best."""
+    dice: dict[str, list[float]] = {}
+    for row in rows:
+        dice.setdefault(str(row["case_id"]), []).append(float(str(row["dice"])))
+    ranked = sorted(cases, key=lambda case: float(np.mean(dice.get(case.case_id, [0.0]))))
+    count = min(MAX_OVERLAYS, len(ranked))
+    return [ranked[place] for place in np.linspace(0, len(ranked) - 1, count).round().astype(int)]
+
+
+def _overlay(case: Case, predictions: str) -> Overlay:
+    opened = open_case(case)
+    name = file_name(case)
+    volume = decode(storage.read_bytes(storage.join(predictions, name)), name)
+    ncr, ed, et = case.label_values
+    return Overlay(
+        case_id=case.case_id,
+        flair=opened.volumes[MODALITIES.index("flair")],
+        t1ce=opened.volumes[MODALITIES.index("t1ce")],
+        spacing_mm=canonical_spacing(opened.grid),
+        reference=opened.labels,
+        prediction=labels_from(volume, (ncr, ed, et), name),
+    )
