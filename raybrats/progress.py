@@ -72,7 +72,10 @@ def watched(title: str, total: int) -> "Iterator[ActorHandle]":
     def follow(display: Display) -> None:
         shown = None
         while not ended.wait(1.0):
-            state = ray.get(board.read.remote())
+            try:
+                state = ray.get(board.read.remote())
+            except ray.exceptions.RayError:  # the cluster is going down; the run itself says why
+                return
             if state != shown:
                 display.show(*state)
                 shown = state

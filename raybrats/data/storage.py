@@ -10,6 +10,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ _S3_OPTIONS = {
     "config_kwargs": {
         "connect_timeout": 5,
         "read_timeout": 15,
-        "retries": {"mode": "standard", "max_attempts": 1},
+        "retries": {"mode": "standard", "total_max_attempts": 1},
     },
     "use_listings_cache": False,
 }
@@ -84,7 +85,8 @@ def write_bytes(uri: str, data: bytes) -> None:
         aside.write_bytes(data)
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise StorageError(f"{uri}: cannot be written: {error.strerror or error}") from error
 
 
@@ -107,9 +109,13 @@ def delete(uri: str) -> None:
 
 def rename(old_uri: str, new_uri: str) -> None:
     """Moves a folder; on object storage object by object, so not atomically."""
-    _attempt(
-        old_uri, lambda fs, path: fs.mv(path, fs._strip_protocol(new_uri) + "/", recursive=True)
-    )
+    if not is_remote(old_uri):
+        _attempt(old_uri, lambda fs, path: fs.mv(path, absolute(new_uri)))
+        return
+    for uri in list_objects(old_uri):
+        target = new_uri.rstrip("/") + uri[len(old_uri.rstrip("/")) :]
+        _attempt(uri, lambda fs, path, to=target: fs.cp_file(path, fs._strip_protocol(to)))
+    delete(old_uri)
 
 
 def for_ray(uri: str) -> dict[str, Any]:
@@ -133,6 +139,7 @@ def _attempt(uri: str, action: Callable[[Any, str], T]) -> T:
     for turn in range(100):
         try:
             fs, path = fsspec.url_to_fs(absolute(uri), **_options(uri))
+            fs.retries = 1  # of s3fs, which would try five times in every turn of ours
             return action(fs, path)
         except Exception as error:
             refusal = _permanent(uri, error)

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ import ray.train
 from ray.train import FailureConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raybrats import cluster
+from raybrats import cluster, errors
 from raybrats.brats import REGIONS
 from raybrats.config import TrainConfig, digest, to_json
 from raybrats.data import cohort, index, storage
 from raybrats.data.cohort import Case
-from raybrats.errors import DataError, MissingObjectError, RaybratsError, UsageError
+from raybrats.errors import DataError, MissingObjectError, RaybratsError, TrackingError, UsageError
 from raybrats.progress import watched
 from raybrats.recipes import named
 from raybrats.registry import package, tracking
@@ -65,7 +66,8 @@ def train(config: TrainConfig) -> Result:
             metrics = fit(make_job(config, cases, run, board=board))
         version = register_best(config, run_uri, cases, run)
     except BaseException as error:
-        tracking.finish(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        with suppress(TrackingError):  # the first error is the one to tell
+            tracking.finish(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     tracking.finish(run)
     return Result(
@@ -278,23 +280,21 @@ def open_tracking(
     return run
 
 
-def _cause(error: BaseException, job: Job) -> BaseException:
-    """The worker's own error that a user can act on, else one that says where the run stopped."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    for failure in (error, *failures):
-        link: BaseException | None = failure
-        while link is not None:
-            inner = getattr(link, "cause", None)
-            if isinstance(inner, RaybratsError):
-                return inner
-            if isinstance(link, RaybratsError):
-                return link
-            link = inner if isinstance(inner, BaseException) else link.__cause__
+def _cause(error: BaseException, job: Job) -> RaybratsError:
+    """The worker's own error that a user can act on, else one that says where the run stopped.
+
+    Ray Data and Ray Train hand on what a task raised as the text of its traceback only.
+    """
+    texts = [str(failure) for failure in getattr(error, "worker_failures", {}).values()]
+    texts.append(str(error))
+    for text in texts:
+        for kind, words in reversed(re.findall(r"^raybrats\.errors\.(\w+): (.+)$", text, re.M)):
+            return getattr(errors, kind, RaybratsError)(words)
     saved = checkpoint.written(job.run_uri)
     place = f"step {saved[-1].step} of {job.config.optim.steps}" if saved else "no checkpoint yet"
-    lines = str(failures[0] if failures else error).strip().splitlines() or [repr(error)]
-    named_ones = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    lines = texts[0].strip().splitlines() or [repr(error)]
+    told = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
     return RaybratsError(
-        f"run {job.config.run.name} stopped ({place}): {(named_ones or lines)[-1][:300]}; "
+        f"run {job.config.run.name} stopped ({place}): {(told or lines)[-1][:300]}; "
         "the same command resumes it"
     )

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, cast
@@ -20,7 +21,13 @@ from raybrats import cluster
 from raybrats.config import TrainConfig, override
 from raybrats.data import index, storage
 from raybrats.data.cohort import Case
-from raybrats.errors import CheckpointError, MissingObjectError, RaybratsError, UsageError
+from raybrats.errors import (
+    CheckpointError,
+    MissingObjectError,
+    RaybratsError,
+    TrackingError,
+    UsageError,
+)
 from raybrats.progress import Display
 from raybrats.recipes import named
 from raybrats.registry import tracking
@@ -85,7 +92,8 @@ def search(config: TrainConfig, space: Sequence[str], num_trials: int) -> Sweep:
         child = Run(parent.uri, best.mlflow_run_id)
         version = runs.register_best(chosen, best.run_uri, cases, child)
     except BaseException:
-        tracking.finish(parent, "FAILED")
+        with suppress(TrackingError):  # the first error is the one to tell
+            tracking.finish(parent, "FAILED")
         raise
     tracking.finish(parent)
     return Sweep(best, trials, version)
