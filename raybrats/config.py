@@ -6,7 +6,7 @@ that need them, so the mathematics runs where neither is installed.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, TypeVar
@@ -277,7 +277,12 @@ def digest(config: TrainConfig) -> str:
 
 
 def override(config: T, path: str, value: object) -> T:
-    """The same configuration with the field at a dotted path changed.
+    """The same configuration with the field at a dotted path changed; see `override_all`."""
+    return override_all(config, {path: value})
+
+
+def override_all(config: T, changes: Mapping[str, object]) -> T:
+    """The same configuration with the fields at dotted paths changed, and checked together.
 
     Raises:
         UsageError: there is no such field (the nearest name is suggested), or the value has
@@ -286,18 +291,23 @@ def override(config: T, path: str, value: object) -> T:
     from pydantic import TypeAdapter
 
     tree = asdict(config)  # type: ignore[call-overload]
-    section: object = config
-    branch = parent = tree
-    for name in path.split("."):
-        names = [f.name for f in fields(section)] if is_dataclass(section) else []
-        if name not in names:
-            near = get_close_matches(name, names, n=1)
-            there = f"; there are {', '.join(names)}" if names else ""
-            hint = f"; did you mean {near[0]!r}?" if near else there
-            raise UsageError(f"{path}: no field {name!r} in {type(section).__name__}{hint}")
-        section, parent, branch = getattr(section, name), branch, branch[name]
-    parent[name] = value
+    for path, value in changes.items():
+        section: object = config
+        branch = parent = tree
+        for name in path.split("."):
+            _require_field(section, name, path)
+            section, parent, branch = getattr(section, name), branch, branch[name]
+        parent[name] = value
     return _told(lambda: TypeAdapter(type(config)).validate_python(tree))
+
+
+def _require_field(section: object, name: str, path: str) -> None:
+    names = [f.name for f in fields(section)] if is_dataclass(section) else []
+    if name not in names:
+        near = get_close_matches(name, names, n=1)
+        there = f"; there are {', '.join(names)}" if names else ""
+        hint = f"; did you mean {near[0]!r}?" if near else there
+        raise UsageError(f"{path}: no field {name!r} in {type(section).__name__}{hint}")
 
 
 def _told(validate: Callable[[], T]) -> T:

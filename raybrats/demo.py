@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from raybrats import cluster
-from raybrats.config import override
+from raybrats.config import override_all
 from raybrats.data import cohort, index, storage
 from raybrats.data.phantom import write_phantoms
 from raybrats.predict.evaluate import evaluate
@@ -24,8 +24,8 @@ def run_demo(out: str) -> dict[str, Any]:
     """
     out = storage.absolute(out)
     phantoms, cohort_uri = storage.join(out, "phantoms"), storage.join(out, "cohort.parquet")
-    config = override(tiny(), "data.cohort", cohort_uri)
-    config = override(config, "run.storage_uri", storage.join(out, "runs"))
+    places = {"data.cohort": cohort_uri, "run.storage_uri": storage.join(out, "runs")}
+    config = override_all(tiny(), places)
     write_phantoms(phantoms, num_cases=NUM_CASES, shape=SHAPE, edition="2020", seed=config.run.seed)
     cluster.connect()
     found = cohort.summary(index.index(phantoms, cohort_uri))

@@ -48,8 +48,10 @@ def find_files(uri: str) -> list[Files]:
 
     Raises:
         DataError: there is none, or a dataset.json cannot be understood.
+        StorageError: there is nothing at the URI, or it is out of reach.
     """
     uri = storage.absolute(uri)
+    storage.require(uri)
     objects = [name for name in storage.list_objects(uri) if not _hidden(name, uri)]
     claimed: set[str] = set()
     found: list[Files] = []

@@ -102,6 +102,16 @@ def exists(uri: str) -> bool:
     return bool(_attempt(uri, lambda fs, path: fs.exists(path)))
 
 
+def require(uri: str) -> None:
+    """Does nothing if there is an object or a folder at the URI.
+
+    Raises:
+        StorageError: there is none, or it is out of reach.
+    """
+    if not exists(uri):
+        raise MissingObjectError(f"{uri}: does not exist")
+
+
 def delete(uri: str) -> None:
     """Removes an object, or a folder with all that is below it."""
     _attempt(uri, lambda fs, path: fs.rm(path, recursive=True))

@@ -122,6 +122,7 @@ def _plain_files(
     uri: str, values: tuple[int, int, int] | None, wanted: str
 ) -> dict[str, LabelFile]:
     """The label files of a folder that holds nothing else; both kinds may lie side by side."""
+    storage.require(uri)
     files = [u for u in storage.list_objects(uri) if layout.is_volume(u)]
     labels = [u for u in files if not layout.is_modality(u)]
     if len(labels) < len(files):

@@ -18,7 +18,7 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.sample import Domain
 
 from raybrats import cluster
-from raybrats.config import TrainConfig, override
+from raybrats.config import TrainConfig, override, override_all
 from raybrats.data import index, storage
 from raybrats.data.cohort import Case
 from raybrats.errors import (
@@ -186,9 +186,7 @@ def _run_trial(
 
 
 def _trial_config(config: TrainConfig, overrides: Mapping[str, Any], name: str) -> TrainConfig:
-    for path, value in overrides.items():
-        config = override(config, path, value)
-    return override(config, "run.name", name)
+    return override_all(config, {**overrides, "run.name": name})
 
 
 def _outcome(config: TrainConfig, parent: Run, result: ray.tune.Result) -> Trial:

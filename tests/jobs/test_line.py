@@ -1,5 +1,6 @@
 """The whole line as jobs: S3, MLflow and Ray as real servers, driven as a user drives them."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,17 +21,17 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module", params=["phantoms", pytest.param("real", marks=pytest.mark.real)])
-def tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight cases in the trees of three editions."""
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight cases in the trees of three editions: real ones where there are any."""
     folder = tmp_path_factory.mktemp("tree")
-    if request.param == "real":
-        real = request.getfixturevalue("real_cases")
+    if "RAYBRATS_REAL_CASES" in os.environ:
         for edition in ("brats2020", "brats2021", "brats2023"):
-            shutil.copytree(real / edition, folder / edition)
+            shutil.copytree(Path(os.environ["RAYBRATS_REAL_CASES"], edition), folder / edition)
         return folder
     for edition, cases in (("2020", 1), ("2021", 6), ("2023", 1)):
-        write_phantoms(str(folder / edition), num_cases=cases, shape=(64, 64, 48), edition=edition)
+        out = str(folder / edition)
+        write_phantoms(out, num_cases=cases, shape=(64, 64, 48), edition=edition)
     return folder
 
 

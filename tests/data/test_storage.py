@@ -1,0 +1,255 @@
+"""Bytes at a URI: the same on disk and on S3, and every failure in one line without a secret."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+from services import S3
+
+from raybrats.data import storage
+from raybrats.errors import ChangedObjectError, MissingObjectError, StorageError
+
+BLOB = os.urandom(300_000)
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place to write below."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    return f"s3://{request.getfixturevalue('bucket')}/some/root"
+
+
+@pytest.fixture
+def fresh_clients() -> Iterator[None]:
+    """Clients made inside the test see its environment and are forgotten after it."""
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    yield
+    S3FileSystem.clear_instance_cache()
+
+
+def test_what_is_written_is_read_listed_and_deleted(place: str):
+    small, blob = storage.join(place, "a", "small.txt"), storage.join(place, "a/b/blob.bin")
+    assert not storage.exists(small)
+    assert storage.list_objects(place) == {}
+    storage.write_bytes(small, b"old")
+    storage.write_bytes(small, b"hello")
+    storage.write_bytes(blob, BLOB)
+    storage.write_bytes(storage.join(place, "empty"), b"")
+    assert storage.read_bytes(small) == b"hello"
+    assert storage.read_bytes(blob, size=len(BLOB), digest=storage.sha256(BLOB)) == BLOB
+    assert storage.read_bytes(storage.join(place, "empty")) == b""
+    assert list(storage.list_objects(place).items()) == [
+        (blob, len(BLOB)),
+        (small, 5),
+        (storage.join(place, "empty"), 0),
+    ]
+    assert storage.list_objects(storage.join(place, "a/b")) == {blob: len(BLOB)}
+    assert storage.exists(small)
+    assert storage.exists(storage.join(place, "a"))
+    storage.delete(small)
+    assert not storage.exists(small)
+    assert storage.exists(blob)
+    storage.delete(storage.join(place, "a"))
+    assert list(storage.list_objects(place)) == [storage.join(place, "empty")]
+
+
+def test_names_may_hold_spaces_and_letters_of_any_script(place: str):
+    uri = storage.join(place, "Fall 1 (Müller) 東/t1 [x]*?.nii.gz")
+    storage.write_bytes(uri, b"voxels")
+    assert storage.read_bytes(uri) == b"voxels"
+    assert storage.list_objects(place) == {uri: 6}
+    assert storage.exists(uri)
+
+
+def test_a_folder_is_renamed_whole(place: str):
+    old, new = storage.join(place, "step-1"), storage.join(place, "quarantine/step-1")
+    files = {"MANIFEST.json": b"{}", "deep/weights": BLOB}
+    storage.write_bytes(storage.join(place, "quarantine", "step-0", "x"), b"kept")
+    for name, data in files.items():
+        storage.write_bytes(storage.join(old, name), data)
+    storage.rename(old, new)
+    assert storage.list_objects(old) == {}
+    found = storage.list_objects(new)
+    assert found == {storage.join(new, name): len(data) for name, data in files.items()}
+    assert all(storage.read_bytes(storage.join(new, n)) == data for n, data in files.items())
+    assert storage.read_bytes(storage.join(place, "quarantine", "step-0", "x")) == b"kept"
+
+
+def test_other_bytes_than_recorded_are_refused(place: str):
+    uri = storage.join(place, "blob")
+    storage.write_bytes(uri, BLOB)
+    with pytest.raises(ChangedObjectError, match=f"^{uri}: 300000 bytes where 299999"):
+        storage.read_bytes(uri, size=299_999)
+    storage.write_bytes(uri, bytes([BLOB[0] ^ 1]) + BLOB[1:])
+    with pytest.raises(ChangedObjectError, match=f"^{uri}: other bytes than were recorded"):
+        storage.read_bytes(uri, size=len(BLOB), digest=storage.sha256(BLOB))
+
+
+def test_what_is_missing_is_said_to_be_missing(place: str):
+    uri = storage.join(place, "nothing.nii.gz")
+    with pytest.raises(MissingObjectError, match=f"^{uri}: does not exist$"):
+        storage.read_bytes(uri)
+    with pytest.raises(MissingObjectError, match=f"^{uri}: does not exist$"):
+        storage.delete(uri)
+    assert storage.list_objects(uri) == {}
+    storage.write_bytes(storage.join(place, "file"), b"x")
+    with pytest.raises(MissingObjectError):
+        storage.read_bytes(storage.join(place, "file", "below"))
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("s3")
+def test_a_missing_bucket_is_said_to_be_missing():
+    uri = "s3://raybrats-has-no-such-bucket/cases"
+    for action in (storage.read_bytes, storage.list_objects, lambda u: storage.write_bytes(u, b"")):
+        with pytest.raises(MissingObjectError, match=f"^{uri}: does not exist$"):
+            action(uri)
+    assert not storage.exists(uri)
+
+
+def test_a_folder_is_not_read_as_a_file(tmp_path: Path):
+    with pytest.raises(StorageError, match=f"^{tmp_path}: is a folder$"):
+        storage.read_bytes(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_that_leaves_nothing(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(StorageError, match="cannot be written"):
+        storage.write_bytes(str(tmp_path / "file" / "below"), b"y")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError, match="cannot be written"):
+        storage.write_bytes(str(tmp_path / "folder"), b"y")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_readers_see_the_old_bytes_or_the_new_ones(tmp_path: Path):
+    uri = str(tmp_path / "state")
+    blobs = [bytes([n]) * 200_000 for n in range(20)]
+    storage.write_bytes(uri, blobs[0])
+    writer = threading.Thread(target=lambda: [storage.write_bytes(uri, blob) for blob in blobs])
+    writer.start()
+    while writer.is_alive():
+        assert storage.read_bytes(uri) in blobs
+    writer.join()
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_uris_are_joined_and_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("runs/") == storage.absolute(f"file://{tmp_path}/runs")
+    assert storage.absolute("runs") == str(tmp_path / "runs")
+    assert storage.absolute("s3://bucket/runs/") == "s3://bucket/runs"
+    assert storage.join("s3://bucket/runs/", "/a/", "b") == "s3://bucket/runs/a/b"
+    assert storage.name("s3://bucket/runs/a.nii.gz") == "a.nii.gz"
+    storage.write_bytes("runs/x", b"1")
+    assert storage.read_bytes(f"file://{tmp_path}/runs/x") == b"1"
+    assert list(storage.list_objects("runs")) == [str(tmp_path / "runs" / "x")]
+
+
+@pytest.mark.parametrize("uri", ["nosuch://bucket/x", "http//:x"])
+def test_a_scheme_that_nobody_knows_is_refused_at_once(uri: str):
+    with pytest.raises(StorageError, match=f"^{uri}: "):
+        storage.read_bytes(uri)
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("fresh_clients")
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("AWS_SECRET_ACCESS_KEY", "wrong-but-secret"), ("AWS_ACCESS_KEY_ID", "nobody-known-here")],
+)
+def test_a_wrong_key_is_refused_in_one_line(
+    s3: S3, bucket: str, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+):
+    if s3.kind == "moto":
+        pytest.skip("moto does not check signatures")
+    uri = f"s3://{bucket}/x"
+    storage.write_bytes(uri, b"x")
+    monkeypatch.setenv(variable, value)
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    for action in (storage.read_bytes, storage.list_objects, lambda u: storage.write_bytes(u, b"")):
+        with pytest.raises(StorageError) as caught:
+            action(uri)
+        assert str(caught.value) == (
+            f"{uri}: access refused; check AWS_ACCESS_KEY_ID and its permissions"
+        )
+        assert secret not in str(caught.value)
+
+
+@pytest.fixture
+def dead_end() -> Iterator[tuple[str, list[int]]]:
+    """An endpoint that hangs up on every caller, and how often it was called.
+
+    Its port holds the digits 403, which are no refusal.
+    """
+    calls: list[int] = []
+    with closing(socket.socket()) as server:
+        for port in (p for p in range(20_000, 32_000) if "403" in str(p)):
+            with suppress(OSError):
+                server.bind(("127.0.0.1", port))
+                break
+        server.listen()
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    caller, _ = server.accept()
+                    calls.append(1)
+                    caller.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}", calls
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("fresh_clients")
+def test_a_dead_endpoint_is_given_up_after_a_few_tries(
+    s3: S3, dead_end: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    endpoint, calls = dead_end
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StorageError, match=r"^s3://cases/x: out of reach after 6 tries") as caught:
+        storage.read_bytes("s3://cases/x")
+    assert 6 <= len(calls) <= 12
+    assert s3.secret_key not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("s3", "fresh_clients")
+def test_no_credentials_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match="s3://cases/x: no credentials; set AWS_ACCESS_KEY_ID"):
+        storage.read_bytes("s3://cases/x")
+
+
+def test_rays_view_of_a_local_place_is_the_same_place(tmp_path: Path):
+    view = storage.for_ray(str(tmp_path))
+    with view["storage_filesystem"].open_output_stream(f"{view['storage_path']}/x") as stream:
+        stream.write(b"from Ray")
+    assert storage.read_bytes(str(tmp_path / "x")) == b"from Ray"
+
+
+@pytest.mark.s3
+def test_rays_view_of_a_bucket_is_the_same_bucket(bucket: str):
+    uri = f"s3://{bucket}/ray"
+    view = storage.for_ray(uri)
+    with view["storage_filesystem"].open_output_stream(f"{view['storage_path']}/x") as stream:
+        stream.write(b"from Ray")
+    assert storage.read_bytes(f"{uri}/x") == b"from Ray"
