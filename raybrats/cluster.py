@@ -40,6 +40,8 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
         os.environ.setdefault(name, value)
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # progress.py shows it
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
@@ -54,8 +56,6 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
         words = str(error).splitlines()[0]
         raise ResourcesError(f"Ray cluster {address or 'on this machine'}: {words}") from error
     _protect_token()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False  # progress.py shows it
 
 
 def check_fits(*, workers: int, cpus_per_worker: float, gpu: bool, streams: int = 1) -> None:

@@ -6,6 +6,7 @@ that need them, so the mathematics runs where neither is installed.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
@@ -21,6 +22,12 @@ NUM_FOLDS = 5
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
     if not holds:
         raise UsageError(f"{name} must be {rule}, got {value!r}")
+
+
+def _require_no_secret(name: str, uri: str) -> None:
+    rule = "a URI without credentials (they would be stored with the run; use the environment)"
+    holds = not re.search(r"://[^/]*@", uri)
+    _require(holds, name, rule, re.sub(r"://[^/]*@", "://***@", uri))
 
 
 class Section:
@@ -53,6 +60,7 @@ class DataConfig(Section):
     """Batches kept ready in front of the training step."""
 
     def __post_init__(self) -> None:
+        _require_no_secret("data.cohort", self.cohort)
         _require(-1 <= self.fold < NUM_FOLDS, "data.fold", "in -1..4", self.fold)
         _require(all(n >= 8 for n in self.patch_size), "data.patch_size", ">= 8", self.patch_size)
         _require(len(self.modalities) > 0, "data.modalities", "one or more", self.modalities)
@@ -109,7 +117,8 @@ class NetworkConfig(Section):
         _require(fits, "network.deep_supervision", "0..len(widths)-2, with dynunet", heads)
         if self.name == "segresnet":
             doubled = all(w == self.widths[0] << n for n, w in enumerate(self.widths))
-            _require(doubled, "network.widths", "doubling for segresnet", self.widths)
+            rule = "multiples of 8 that double from stage to stage, for segresnet"
+            _require(doubled and self.widths[0] % 8 == 0, "network.widths", rule, self.widths)
 
     @property
     def stride(self) -> int:
@@ -213,6 +222,7 @@ class RunConfig(Section):
     def __post_init__(self) -> None:
         allowed = all(c.isalnum() or c in "-_." for c in self.name) and self.name[:1] != "."
         _require(allowed, "run.name", "letters, digits, '-', '_' and '.'", self.name)
+        _require_no_secret("run.storage_uri", self.storage_uri)
         _require(bool(self.storage_uri), "run.storage_uri", "a path or URI", self.storage_uri)
         _require(self.seed >= 0, "run.seed", ">= 0", self.seed)
 
@@ -226,6 +236,9 @@ class TrackingConfig(Section):
     experiment: str = "raybrats"
     model: str = "raybrats"
     """Registered model; empty registers nothing."""
+
+    def __post_init__(self) -> None:
+        _require_no_secret("tracking.uri", self.uri)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,8 +283,9 @@ def from_json(text: str) -> TrainConfig:
 
 
 def digest(config: TrainConfig) -> str:
-    """Sha256 of everything that decides the weights; run, cluster and tracking do not."""
-    kept = {k: v for k, v in asdict(config).items() if k not in ("run", "cluster", "tracking")}
+    """Sha256 of everything that decides the weights; places, names and workers do not."""
+    ignored = ("recipe", "run", "cluster", "tracking")
+    kept = {k: v for k, v in asdict(config).items() if k not in ignored}
     kept["seed"] = config.run.seed
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

@@ -91,17 +91,23 @@ def render(report: Report) -> str:
     """The page: self-contained HTML, the same text for the same report."""
     loader = jinja2.PackageLoader("raybrats", "predict")
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return pages.get_template("page.html.jinja").render(
-        report=report,
-        regions=REGIONS,
-        score_names=SCORES,
-        means=means(report.scores) if report.scores else {},
-        cases=_worst_first(report.scores),
-        hd95_one_empty=HD95_ONE_EMPTY_MM,
-        charts=list(_charts(report.curves)),
-        overlays=[(overlay, _panels(overlay), _volumes(overlay)) for overlay in report.overlays],
-        fly_through=_fly_through(report.overlays[0]) if report.overlays else "",
-        colours={LABEL_NAMES[label - 1]: colour for label, colour in COLOURS.items()},
+    return (
+        pages.get_template("page.html.jinja")
+        .render(
+            report=report,
+            regions=REGIONS,
+            score_names=SCORES,
+            means=means(report.scores) if report.scores else {},
+            cases=_worst_first(report.scores),
+            hd95_one_empty=HD95_ONE_EMPTY_MM,
+            charts=list(_charts(report.curves)),
+            overlays=[
+                (overlay, _panels(overlay), _volumes(overlay)) for overlay in report.overlays
+            ],
+            fly_through=_fly_through(report.overlays[0]) if report.overlays else "",
+            colours={LABEL_NAMES[label - 1]: colour for label, colour in COLOURS.items()},
+        )
+        .lstrip()
     )
 
 

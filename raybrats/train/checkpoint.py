@@ -7,7 +7,8 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -126,15 +127,15 @@ def newest(run_uri: str) -> Checkpoint | None:
 
 
 def best(run_uri: str) -> Checkpoint:
-    """The checkpoint with the highest mean region Dice, verified.
+    """The checkpoint with the highest mean region Dice among those that verify.
 
     Raises:
         CheckpointError: there is none.
     """
-    ranked = sorted(written(run_uri), key=lambda w: (w.metrics.get("mean", 0.0), w.step))
-    if not ranked:
-        raise CheckpointError(f"{run_uri} has no checkpoint")
-    return read(ranked[-1].uri)
+    for candidate in reversed(_ranked(written(run_uri))):
+        with suppress(CheckpointError):
+            return read(candidate.uri)
+    raise CheckpointError(f"{run_uri} has no checkpoint that verifies")
 
 
 def read(uri: str) -> Checkpoint:
@@ -161,8 +162,7 @@ def read(uri: str) -> Checkpoint:
 def prune(run_uri: str, keep: int = 2) -> None:
     """Removes all but the newest ones and the best."""
     found = written(run_uri)
-    ranked = sorted(found, key=lambda w: (w.metrics.get("mean", 0.0), w.step))
-    kept = {w.uri for w in (*found[-keep:], *ranked[-1:])}
+    kept = {w.uri for w in (*found[-keep:], *_ranked(found)[-1:])}
     for old in found:
         if old.uri not in kept:
             storage.delete(old.uri)
@@ -173,6 +173,11 @@ def _objects(run_uri: str) -> list[str]:
         return list(storage.list_objects(storage.join(run_uri, "checkpoints")))
     except MissingObjectError:
         return []
+
+
+def _ranked(found: Sequence[Written]) -> list[Written]:
+    """From the lowest mean region Dice to the highest; of equals the later step is higher."""
+    return sorted(found, key=lambda w: (w.metrics.get("mean", 0.0), w.step))
 
 
 def _finished(run_uri: str) -> list[str]:

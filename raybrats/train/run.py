@@ -1,11 +1,10 @@
 """train(config) -> Result: cohort, placement, Ray Train, and the registered model."""
 
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +14,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raybrats import cluster, errors
 from raybrats.brats import REGIONS
-from raybrats.config import TrainConfig, digest, to_json
+from raybrats.config import TrainConfig
 from raybrats.data import cohort, index, storage
 from raybrats.data.cohort import Case
-from raybrats.errors import DataError, MissingObjectError, RaybratsError, TrackingError, UsageError
+from raybrats.errors import DataError, RaybratsError, TrackingError
 from raybrats.progress import watched
 from raybrats.recipes import named
 from raybrats.registry import package, tracking
 from raybrats.registry.package import Version
 from raybrats.registry.tracking import Run
-from raybrats.train import checkpoint
+from raybrats.train import checkpoint, record
 from raybrats.train.worker import Job, work
 
 if TYPE_CHECKING:
@@ -56,11 +55,11 @@ def train(config: TrainConfig) -> Result:
     """
     config = _with_name(config)
     run_uri = storage.join(storage.absolute(config.run.storage_uri), config.run.name)
-    known = _earlier_run(config, run_uri)
+    known = record.earlier(config, run_uri)
     cluster.connect()
     _check_fits(config, streams=1)
     cases = usable(config, index.load(config.data.cohort))
-    run = open_tracking(config, run_uri, known)
+    run = record.open_tracking(config, run_uri, known)
     try:
         with watched(f"training {config.run.name}", config.optim.steps) as board:
             metrics = fit(make_job(config, cases, run, board=board))
@@ -223,61 +222,6 @@ def _with_name(config: TrainConfig) -> TrainConfig:
 def _first(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
     limit = config.validation.max_cases
     return list(cases[:limit] if limit else cases)
-
-
-def _earlier_run(config: TrainConfig, run_uri: str) -> dict[str, Any] | None:
-    """What an earlier attempt at this run left; None if there is none.
-
-    Raises:
-        UsageError: `run.resume` forbids or misses it, or it had another configuration.
-    """
-    try:
-        known = json.loads(storage.read_bytes(storage.join(run_uri, "run.json")))
-    except MissingObjectError:
-        known = None
-    if known is None:
-        if config.run.resume == "must":
-            raise UsageError(f"run.resume is must, but there is no run at {run_uri}")
-        return None
-    if config.run.resume == "never":
-        raise UsageError(f"run.resume is never, but {run_uri} exists; choose another run.name")
-    if known["digest"] != digest(config):
-        fields = ", ".join(_differences(known["config"], json.loads(to_json(config))))
-        raise UsageError(
-            f"{run_uri} was started with another {fields}; choose another run.name, "
-            "or the same configuration to resume"
-        )
-    return known
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Dotted fields that decide the weights and differ."""
-    ignored = ("cluster", "tracking")
-    found = []
-    for section, values in now.items():
-        if isinstance(values, dict) and section not in ignored:
-            old = before.get(section, {})
-            found += [f"{section}.{k}" for k, v in values.items() if old.get(k) != v]
-    return [name for name in found if not name.startswith("run.") or name == "run.seed"]
-
-
-def open_tracking(
-    config: TrainConfig, run_uri: str, known: Mapping[str, Any] | None, parent: Run | None = None
-) -> Run:
-    """The MLflow run of an earlier attempt, or a new one that later attempts will find."""
-    uri = tracking.tracking_uri(config)
-    if known is not None:
-        run = Run(uri, known["mlflow_run_id"])
-        tracking.resume(run)
-        return run
-    run = tracking.start(config, parent=parent)
-    record = {
-        "mlflow_run_id": run.run_id,
-        "digest": digest(config),
-        "config": asdict(config),
-    }
-    storage.write_bytes(storage.join(run_uri, "run.json"), json.dumps(record, indent=1).encode())
-    return run
 
 
 def _cause(error: BaseException, job: Job) -> RaybratsError:

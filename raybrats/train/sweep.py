@@ -1,7 +1,6 @@
 """Search over fields of a run: a trial is a train run with some of them overridden."""
 
 import ast
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,6 @@ from raybrats.data import index, storage
 from raybrats.data.cohort import Case
 from raybrats.errors import (
     CheckpointError,
-    MissingObjectError,
     RaybratsError,
     TrackingError,
     UsageError,
@@ -33,6 +31,7 @@ from raybrats.recipes import named
 from raybrats.registry import tracking
 from raybrats.registry.package import Version
 from raybrats.registry.tracking import Run
+from raybrats.train import record
 from raybrats.train import run as runs
 
 _SAMPLERS = {
@@ -181,7 +180,7 @@ def _run_trial(
     trial_id = tune.get_context().get_trial_id()
     trial = _trial_config(config, overrides, f"{config.run.name}-{trial_id}")
     run_uri = storage.join(storage.absolute(trial.run.storage_uri), trial.run.name)
-    run = runs.open_tracking(trial, run_uri, None, parent)
+    run = record.open_tracking(trial, run_uri, None, parent)
     runs.fit(runs.make_job(trial, cases, run, share=at_once), [TuneReportCallback()])
 
 
@@ -194,10 +193,7 @@ def _outcome(config: TrainConfig, parent: Run, result: ray.tune.Result) -> Trial
     trial_id = (result.metrics or {}).get("trial_id") or storage.name(result.path).split("_")[2]
     name = f"{config.run.name}-{trial_id}"
     run_uri = storage.join(storage.absolute(config.run.storage_uri), name)
-    try:
-        known = json.loads(storage.read_bytes(storage.join(run_uri, "run.json")))
-    except MissingObjectError:
-        known = {"mlflow_run_id": ""}
+    run_id = (record.read(run_uri) or {"mlflow_run_id": ""})["mlflow_run_id"]
     try:
         score = runs.best_scores(run_uri)["mean"]
     except CheckpointError:
@@ -205,11 +201,11 @@ def _outcome(config: TrainConfig, parent: Run, result: ray.tune.Result) -> Trial
     ended = (result.metrics or {}).get("step") == config.optim.steps
     status = "finished" if ended else "failed" if result.error else "pruned"
     closing = {"finished": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}[status]
-    if known["mlflow_run_id"]:
-        tracking.finish(Run(parent.uri, known["mlflow_run_id"]), closing)
+    if run_id:
+        tracking.finish(Run(parent.uri, run_id), closing)
     error = str(result.error).strip().splitlines()[-1] if result.error else ""
     overrides = dict(result.config or {})
-    return Trial(overrides, status, score, known["mlflow_run_id"], run_uri, error)
+    return Trial(overrides, status, score, run_id, run_uri, error)
 
 
 class _Shown(tune.Callback):

@@ -1,0 +1,82 @@
+"""What an attempt at a run leaves for the next one: run.json, beside the checkpoints."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from raybrats.config import TrainConfig, digest, to_json
+from raybrats.data import storage
+from raybrats.errors import CheckpointError, MissingObjectError, UsageError
+from raybrats.registry import tracking
+from raybrats.registry.tracking import Run
+
+NAME = "run.json"
+
+
+def read(run_uri: str) -> dict[str, Any] | None:
+    """The record of a run: {mlflow_run_id, digest, config}; None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        known = json.loads(storage.read_bytes(storage.join(run_uri, NAME)))
+        return {name: known[name] for name in ("mlflow_run_id", "digest", "config")}
+    except MissingObjectError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        place = storage.join(run_uri, NAME)
+        raise CheckpointError(f"{place} is damaged; choose another run.name") from None
+
+
+def earlier(config: TrainConfig, run_uri: str) -> dict[str, Any] | None:
+    """What an earlier attempt at this run left; None if there is none.
+
+    Raises:
+        UsageError: `run.resume` forbids or misses it, or it had another configuration.
+    """
+    known = read(run_uri)
+    if known is None:
+        if config.run.resume == "must":
+            raise UsageError(f"run.resume is must, but there is no run at {run_uri}")
+        return None
+    if config.run.resume == "never":
+        raise UsageError(f"run.resume is never, but {run_uri} exists; choose another run.name")
+    if known["digest"] != digest(config):
+        fields = ", ".join(_differences(known["config"], json.loads(to_json(config))))
+        raise UsageError(
+            f"{run_uri} was started with another {fields}; choose another run.name, "
+            "or the same configuration to resume"
+        )
+    return known
+
+
+def open_tracking(
+    config: TrainConfig, run_uri: str, known: Mapping[str, Any] | None, parent: Run | None = None
+) -> Run:
+    """The MLflow run of an earlier attempt, or a new one that later attempts will find."""
+    uri = tracking.tracking_uri(config)
+    if known is not None:
+        run = Run(uri, known["mlflow_run_id"])
+        tracking.resume(run)
+        return run
+    run = tracking.start(config, parent=parent)
+    left = {
+        "mlflow_run_id": run.run_id,
+        "digest": digest(config),
+        "config": asdict(config),
+    }
+    storage.write_bytes(storage.join(run_uri, NAME), json.dumps(left, indent=1).encode())
+    return run
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Dotted fields that decide the weights and differ."""
+    ignored = ("cluster", "tracking")
+    found = []
+    for section, values in now.items():
+        if isinstance(values, dict) and section not in ignored:
+            old = before.get(section, {})
+            found += [f"{section}.{k}" for k, v in values.items() if old.get(k) != v]
+    return [name for name in found if not name.startswith("run.") or name == "run.seed"]

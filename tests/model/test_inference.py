@@ -1,0 +1,117 @@
+"""Whole cases: sliding windows, regions and labels, and the raw case's own grid."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import nn
+
+from raybrats.config import DataConfig, NetworkConfig, TrainConfig, ValidationConfig
+from raybrats.data.phantom import make_phantom
+from raybrats.data.prepare import bounding_box
+from raybrats.errors import DataError
+from raybrats.model.inference import labels_of, predict_regions, segment
+from raybrats.model.loss import region_masks
+from raybrats.model.network import build
+
+SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+CONFIG = TrainConfig(
+    data=DataConfig(patch_size=(16, 16, 16)),
+    network=NetworkConfig(widths=(4, 8, 16)),
+    validation=ValidationConfig(overlap=0.5),
+)
+
+
+def pointwise(weights, bias):
+    """A network whose logits at a voxel depend on that voxel alone."""
+    network = nn.Conv3d(4, 3, kernel_size=1)
+    with torch.no_grad():
+        network.weight.copy_(torch.tensor(weights)[..., None, None, None])
+        network.bias.copy_(torch.tensor(bias))
+    return network.eval()
+
+
+EVERYWHERE = pointwise([[0.0] * 4] * 3, [1.0, 1.0, 1.0])
+BRIGHT_FLAIR = pointwise([[1.0, 0, 0, 0], [0.0] * 4, [0.0] * 4], [0.0, -1.0, -1.0])
+
+
+@given(hnp.arrays(np.uint8, SHAPES, elements=st.integers(0, 3)))
+def test_labels_come_back_from_their_regions(labels):
+    labels = torch.from_numpy(labels)
+    found = labels_of(region_masks(labels).bool())
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, labels)
+
+
+@given(hnp.arrays(np.uint8, SHAPES, elements=st.integers(0, 3)))
+def test_nested_regions_come_back_from_their_labels(depth):
+    nested = torch.from_numpy(np.stack([depth >= 1, depth >= 2, depth >= 3], axis=1))
+    assert torch.equal(region_masks(labels_of(nested)).bool(), nested)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("shape", [(16, 16, 16), (21, 17, 30), (40, 9, 5)])
+def test_windows_of_a_pointwise_network_add_up_to_the_whole(shape, overlap):
+    # whole numbers and a bias of a half: no logit is near 0, where rounding could turn it over
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(-3, 4, (2, 4, *shape), generator=generator).float()
+    network = pointwise([[1.0, -1, 2, 0], [0, 1, 1, -2], [1, 0, 0, 1]], [0.5, -0.5, 0.5])
+    found = predict_regions(network, image, (16, 16, 16), overlap)
+    assert found.dtype == torch.bool
+    assert torch.equal(found, network(image) > 0)
+
+
+def test_a_patch_as_large_as_the_image_is_the_network_itself():
+    torch.manual_seed(0)
+    network = build(CONFIG.network, 4).eval()
+    image = torch.randn(1, 4, 16, 16, 16)
+    with torch.no_grad():
+        expected = network(image) > 0
+    assert torch.equal(predict_regions(network, image, (16, 16, 16), 0.5), expected)
+
+
+@pytest.mark.parametrize("shape", [(40, 36, 30), (24, 20, 16), (16, 16, 16)])
+def test_segment_fills_the_brain_box_and_nothing_else(shape):
+    image, _ = make_phantom(0, shape=shape)
+    labels = segment(EVERYWHERE, CONFIG, image.astype(np.float32))
+    expected = np.zeros(shape, np.uint8)
+    expected[bounding_box((image != 0).any(axis=0))] = 3
+    np.testing.assert_array_equal(labels, expected)
+    assert labels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("shape", [(40, 36, 30), (16, 16, 16)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_segment_labels_each_voxel_of_the_raw_case(shape, scaled):
+    image, _ = make_phantom(1, shape=shape)
+    raw = image.astype(np.float32) / (3.0 if scaled else 1.0)
+    labels = segment(BRIGHT_FLAIR, CONFIG, raw)
+    brain = (image != 0).any(axis=0)
+    bright = brain & (image[0] > image[0][brain].mean())
+    np.testing.assert_array_equal(labels, np.where(bright, 2, 0))
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 40), (5, 5, 5)])
+def test_a_case_far_smaller_than_the_patch(shape):
+    image = np.zeros((4, *shape), np.float32)
+    image[:, :, 1:5, 1:4] = np.arange(1, 1 + 4 * 3).reshape(4, 3)
+    labels = segment(BRIGHT_FLAIR, CONFIG, image)
+    np.testing.assert_array_equal(labels, np.where(image[0] > 6.5, 2, 0))
+
+
+def test_a_trained_shape_of_network_segments_in_the_grid_of_the_case():
+    torch.manual_seed(0)
+    image, _ = make_phantom(2, shape=(30, 26, 20))
+    labels = segment(build(CONFIG.network, 4).eval(), CONFIG, image.astype(np.float32))
+    assert labels.shape == (30, 26, 20)
+    assert set(np.unique(labels)) <= {0, 1, 2, 3}
+    outside = np.ones(labels.shape, bool)
+    outside[bounding_box((image != 0).any(axis=0))] = False
+    assert not labels[outside].any()
+
+
+def test_an_empty_case_is_refused():
+    with pytest.raises(DataError, match="background"):
+        segment(EVERYWHERE, CONFIG, np.zeros((4, 16, 16, 16), np.float32))

@@ -1,0 +1,150 @@
+"""Scores against plain set arithmetic and brute force, and the rules for empty regions."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from raybrats.brats import REGION_LABELS, REGIONS
+from raybrats.data.prepare import labels_from
+from raybrats.data.volume import decode
+from raybrats.model.metrics import (
+    HD95_ONE_EMPTY_MM,
+    hd95,
+    region_dice,
+    region_mask,
+    score_case,
+)
+
+LABELS = hnp.arrays(np.uint8, (4, 3, 3), elements=st.integers(0, 3))
+MASKS = hnp.arrays(np.bool_, (5, 4, 3))
+ONE_MM = (1.0, 1.0, 1.0)
+
+
+def voxels(labels, region):
+    return {tuple(v) for v in np.argwhere(np.isin(labels, REGION_LABELS[region]))}
+
+
+@given(LABELS, LABELS)
+def test_scores_are_set_arithmetic(prediction, reference):
+    for region, score in zip(REGIONS, score_case(prediction, reference, ONE_MM), strict=True):
+        p, r = voxels(prediction, region), voxels(reference, region)
+        assert score.region == region
+        if p | r:
+            assert score.dice == pytest.approx(2 * len(p & r) / (len(p) + len(r)))
+            assert score.iou == pytest.approx(len(p & r) / len(p | r))
+            assert score.f1 == pytest.approx(score.dice)
+        if r:
+            assert score.sensitivity == pytest.approx(len(p & r) / len(r))
+        if len(r) < prediction.size:
+            negatives = prediction.size - len(r)
+            assert score.specificity == pytest.approx((negatives - len(p - r)) / negatives)
+        assert all(0 <= v <= 1 for v in (score.dice, score.iou, score.f1, score.specificity))
+
+
+@given(LABELS, LABELS)
+def test_validation_and_evaluation_agree_on_dice(prediction, reference):
+    dice = [score.dice for score in score_case(prediction, reference, ONE_MM)]
+    assert region_dice(prediction, reference) == pytest.approx(dice)
+
+
+@given(LABELS)
+def test_a_case_against_itself_is_perfect(labels):
+    for score in score_case(labels, labels, (1.0, 2.0, 3.0)):
+        figures = (score.dice, score.iou, score.f1, score.sensitivity, score.specificity)
+        assert figures == (1, 1, 1, 1, 1)
+        assert score.hd95_mm == 0
+
+
+def test_both_empty():
+    nothing = np.zeros((4, 4, 4), np.uint8)
+    for score in score_case(nothing, nothing, ONE_MM):
+        assert (score.dice, score.iou, score.f1, score.sensitivity) == (1, 1, 1, 1)
+        assert (score.specificity, score.hd95_mm) == (1, 0)
+
+
+def test_one_empty():
+    nothing = np.zeros((4, 4, 4), np.uint8)
+    tumour = nothing.copy()
+    tumour[1, 2, 3] = 3
+    for pair in ((nothing, tumour), (tumour, nothing)):
+        for score in score_case(*pair, ONE_MM):
+            assert (score.dice, score.iou, score.f1) == (0, 0, 0)
+            assert score.hd95_mm == pytest.approx(373.12866)
+    assert all(score.sensitivity == 0 for score in score_case(nothing, tumour, ONE_MM))
+    assert pytest.approx((240**2 + 240**2 + 155**2) ** 0.5, abs=1e-5) == HD95_ONE_EMPTY_MM
+
+
+def test_without_enhancing_tumour_only_that_region_is_empty():
+    labels = np.zeros((4, 4, 4), np.uint8)
+    labels[1:3, 1:3, 1:3] = 1
+    assert region_dice(np.zeros_like(labels), labels) == [0, 0, 1]
+
+
+def surface(mask):
+    """Voxels of a mask with one of their six neighbours outside it, or outside the volume."""
+    padded = np.pad(mask, 1)
+    inside = np.ones_like(mask)
+    for axis in range(3):
+        for step in (-1, 1):
+            inside &= np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
+    return np.argwhere(mask & ~inside)
+
+
+def brute_hd95(one, other, spacing):
+    a, b = (surface(mask) * np.array(spacing) for mask in (one, other))
+    distances = np.linalg.norm(a[:, None] - b[None], axis=-1)
+    return max(np.percentile(distances.min(axis=axis), 95) for axis in (0, 1))
+
+
+def box(corner, size, shape=(20, 18, 16)):
+    mask = np.zeros(shape, bool)
+    mask[tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))] = True
+    return mask
+
+
+@pytest.mark.parametrize("spacing", [ONE_MM, (1.0, 2.0, 5.0), (0.4, 0.4, 3.0)])
+@pytest.mark.parametrize("shift", [(3, 0, 0), (0, 2, 0), (0, 0, 4), (2, 3, 1), (9, 8, 9)])
+def test_hd95_of_a_shifted_box(shift, spacing):
+    one, other = box((1, 2, 1), (6, 5, 4)), box(np.add((1, 2, 1), shift), (6, 5, 4))
+    assert hd95(one, other, spacing) == pytest.approx(brute_hd95(one, other, spacing), rel=1e-5)
+
+
+def test_hd95_of_far_slabs_is_their_distance_in_mm():
+    one, other = (box((place, 0, 0), (1, 18, 16)) for place in (2, 9))
+    assert hd95(one, other, (2.5, 1.0, 1.0)) == pytest.approx(7 * 2.5)
+
+
+@settings(max_examples=50)
+@given(MASKS, MASKS, st.sampled_from([ONE_MM, (1.0, 2.0, 3.0)]))
+def test_hd95_is_brute_force_and_symmetric(one, other, spacing):
+    if not (one.any() and other.any()):
+        expected = 0 if one.any() == other.any() else HD95_ONE_EMPTY_MM
+    else:
+        expected = brute_hd95(one, other, spacing)
+    assert hd95(one, other, spacing) == pytest.approx(expected, rel=1e-5)
+    assert hd95(other, one, spacing) == hd95(one, other, spacing)
+
+
+@given(LABELS)
+def test_a_region_is_the_voxels_of_its_labels(labels):
+    whole, core, enhancing = (region_mask(labels, region) for region in REGIONS)
+    np.testing.assert_array_equal(whole, labels > 0)
+    np.testing.assert_array_equal(core, (labels == 1) | (labels == 3))
+    np.testing.assert_array_equal(enhancing, labels == 3)
+
+
+@pytest.mark.real
+def test_dice_of_real_segmentations_is_that_of_their_files(real_cases):
+    for number in range(1, 6):
+        stem = f"BraTS20_Training_{number:03d}"
+        paths = [real_cases / "segmentations" / f"{stem}_{k}.nii.gz" for k in ("prediction", "seg")]
+        volumes = [decode(path.read_bytes(), path.name) for path in paths]
+        ours = region_dice(*(labels_from(v, (1, 2, 4), stem) for v in volumes))
+        p, r = (np.asarray(nib.load(path).dataobj).astype(int) for path in paths)
+        for region, dice in zip(((1, 2, 4), (1, 4), (4,)), ours, strict=True):
+            inside = np.isin(p, region), np.isin(r, region)
+            expected = 2 * (inside[0] & inside[1]).sum() / sum(mask.sum() for mask in inside)
+            assert dice == pytest.approx(expected, rel=1e-12)

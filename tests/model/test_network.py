@@ -1,0 +1,102 @@
+"""Networks by name: shapes, heads, weights out and in, and gradients as DDP needs them."""
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from raybrats.config import LossConfig, NetworkConfig
+from raybrats.errors import CheckpointError
+from raybrats.model.loss import RegionLoss
+from raybrats.model.network import build, heads, load_weights, weights_of
+
+NETWORKS = {
+    "dynunet": NetworkConfig(widths=(4, 8, 16)),
+    "dynunet-residual": NetworkConfig(widths=(4, 8, 16), residual_units=1),
+    "dynunet-supervised": NetworkConfig(widths=(4, 8, 8, 8), deep_supervision=2),
+    "segresnet": NetworkConfig(name="segresnet", widths=(8, 16)),
+    "unet": NetworkConfig(name="unet", widths=(4, 8)),
+    "unet-residual": NetworkConfig(name="unet", widths=(4, 8, 16), residual_units=2),
+}
+
+
+@pytest.fixture(params=NETWORKS.values(), ids=NETWORKS.keys())
+def config(request):
+    return request.param
+
+
+def image(num_modalities=4, size=(16, 16, 8)):
+    return torch.randn(2, num_modalities, *size, generator=torch.Generator().manual_seed(0))
+
+
+def made(config, seed=0):
+    torch.manual_seed(seed)
+    return build(config, 4)
+
+
+def test_an_image_becomes_one_logit_a_region_and_voxel(config):
+    network = made(config).eval()
+    found = heads(network(image()))
+    assert [head.shape for head in found] == [(2, 3, 16, 16, 8)]
+
+
+def test_a_training_network_has_a_head_for_each_level_of_supervision(config):
+    found = heads(made(config).train()(image()))
+    assert [head.shape for head in found] == [(2, 3, 16, 16, 8)] * (1 + config.deep_supervision)
+    assert all(not torch.equal(found[0], coarser) for coarser in found[1:])
+
+
+@pytest.mark.parametrize("num_modalities", [1, 2])
+def test_a_network_takes_as_many_modalities_as_it_was_built_for(config, num_modalities):
+    network = build(config, num_modalities).eval()
+    assert heads(network(image(num_modalities)))[0].shape == (2, 3, 16, 16, 8)
+
+
+def test_the_first_head_in_training_is_the_one_of_validation(config):
+    network = made(config)
+    with torch.no_grad():
+        trained = heads(network.train()(image()))[0]
+        validated = heads(network.eval()(image()))[0]
+    torch.testing.assert_close(trained, validated)
+
+
+def test_weights_carry_a_network_over(config):
+    one, other = made(config, seed=1).eval(), made(config, seed=2).eval()
+    with torch.no_grad():
+        before = heads(other(image()))[0]
+        load_weights(other, {name: tensor.clone() for name, tensor in weights_of(one).items()})
+        expected, after = heads(one(image()))[0], heads(other(image()))[0]
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
+
+
+def test_weights_list_every_tensor_once(config):
+    network = made(config)
+    tensors = list(weights_of(network).values())
+    assert len({t.data_ptr() for t in tensors}) == len(tensors)
+    own = {t.data_ptr() for t in network.state_dict().values()}
+    assert {t.data_ptr() for t in tensors} == own
+
+
+@pytest.mark.parametrize(("one", "other"), list(permutations(NETWORKS, 2)))
+def test_weights_of_another_network_are_refused(one, other):
+    with pytest.raises(CheckpointError, match="another network"):
+        load_weights(made(NETWORKS[one]), weights_of(made(NETWORKS[other])))
+
+
+def test_weights_of_other_shapes_are_refused_and_nothing_is_loaded():
+    network = made(NetworkConfig(widths=(4, 8, 16)))
+    wider = weights_of(made(NetworkConfig(widths=(4, 8, 32)), seed=1))
+    before = {name: tensor.clone() for name, tensor in weights_of(network).items()}
+    with pytest.raises(CheckpointError, match="another network"):
+        load_weights(network, wider)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(network).items())
+
+
+def test_every_parameter_gets_a_gradient(config):
+    network = made(config).train()
+    labels = torch.randint(0, 4, (2, 16, 16, 8), generator=torch.Generator().manual_seed(0))
+    RegionLoss(LossConfig())(heads(network(image())), labels).backward()
+    without = [name for name, p in network.named_parameters() if p.grad is None]
+    assert without == []
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters())

@@ -1,0 +1,243 @@
+"""Predictions against references: file names, label values, and what does not fit."""
+
+import shutil
+from dataclasses import asdict
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from raybrats.data.cohort import find_cases, write_cohort
+from raybrats.data.phantom import write_phantoms
+from raybrats.errors import DataError, UsageError
+from raybrats.model.metrics import score_case
+from raybrats.predict.evaluate import SCORES, LabelFile, evaluate, means, score_pair
+
+SHAPE = (12, 10, 8)
+TOLD = (1, 2, 4)
+
+
+def labels(seed=0, values=(1, 2, 3)):
+    """Nested blocks of NCR, ED and ET, placed by seed."""
+    found = np.zeros(SHAPE, np.uint8)
+    i, j, k = np.random.default_rng(seed).integers(0, 3, 3)
+    found[i : i + 8, j : j + 7, k : k + 5] = values[1]
+    found[i + 1 : i + 6, j + 1 : j + 5, k + 1 : k + 4] = values[0]
+    found[i + 2 : i + 4, j + 2 : j + 4, k + 1 : k + 3] = values[2]
+    return found
+
+
+def save(path, array, spacing=(1.0, 1.0, 1.0)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # LPS, as BraTS is
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return str(path)
+
+
+def file(path, array, values=None, **where):
+    return LabelFile("one", save(path, array, **where), values)
+
+
+def rows(scores, case_id="one"):
+    return [{"case_id": case_id, **asdict(score)} for score in scores]
+
+
+def test_a_pair_is_scored_in_millimetres(tmp_path):
+    spacing = (1.0, 2.0, 3.0)
+    pair = [file(tmp_path / f"{n}.nii.gz", labels(n), (1, 2, 3), spacing=spacing) for n in range(2)]
+    assert score_pair(tuple(pair)) == rows(score_case(labels(0), labels(1), spacing))
+
+
+@pytest.mark.parametrize("ours", [(1, 2, 3), (1, 2, 4)])
+@pytest.mark.parametrize("theirs", [(1, 2, 3), (1, 2, 4)])
+def test_enhancing_tumour_is_told_from_each_file(tmp_path, ours, theirs):
+    pair = (
+        file(tmp_path / "p.nii.gz", labels(0, ours)),
+        file(tmp_path / "r.nii.gz", labels(1, theirs)),
+    )
+    assert score_pair(pair) == rows(score_case(labels(0), labels(1), (1.0, 1.0, 1.0)))
+
+
+def test_a_file_with_both_values_needs_to_be_told(tmp_path):
+    mixed = labels()
+    mixed[0, 0, 0] = 4
+    with pytest.raises(DataError, match="--edition"):
+        score_pair((file(tmp_path / "p.nii.gz", mixed), file(tmp_path / "r.nii.gz", labels())))
+
+
+def test_a_value_that_the_edition_lacks_is_named(tmp_path):
+    pair = (
+        file(tmp_path / "p.nii.gz", labels(values=(1, 2, 3)), TOLD),
+        file(tmp_path / "r.nii.gz", labels(values=TOLD), TOLD),
+    )
+    with pytest.raises(DataError, match=r"p\.nii\.gz.*3"):
+        score_pair(pair)
+
+
+def test_a_prediction_in_another_orientation_is_the_same_prediction(tmp_path):
+    plain = labels(1)
+    turned = nib.Nifti1Image(plain, np.diag([-1.0, -1.0, 1.0, 1.0])).as_reoriented(
+        np.array([[2, 1], [0, -1], [1, -1]])
+    )
+    nib.save(turned, tmp_path / "turned.nii.gz")
+    pair = (
+        LabelFile("one", str(tmp_path / "turned.nii.gz"), None),
+        file(tmp_path / "r.nii.gz", plain),
+    )
+    assert all(row["dice"] == 1 and row["hd95_mm"] == 0 for row in score_pair(pair))
+
+
+def test_other_shapes_are_refused(tmp_path):
+    pair = (
+        file(tmp_path / "p.nii.gz", labels()[:-1]),
+        file(tmp_path / "r.nii.gz", labels()),
+    )
+    with pytest.raises(DataError, match=r"one: .*shape") as refusal:
+        score_pair(pair)
+    assert "(11, 10, 8) against (12, 10, 8)" in str(refusal.value)
+
+
+def test_means_go_over_cases_and_then_over_regions():
+    figures = {"WT": (0.2, 0.4), "TC": (0.6, 0.8), "ET": (1.0, 1.0)}
+    found = means(
+        [
+            {"case_id": str(n), "region": region, **dict.fromkeys(SCORES, value)}
+            for region, values in figures.items()
+            for n, value in enumerate(values)
+        ]
+    )
+    assert list(found) == ["WT", "TC", "ET", "mean"]
+    assert found["WT"]["dice"] == pytest.approx(0.3)
+    assert found["mean"] == pytest.approx(dict.fromkeys(SCORES, 2 / 3))
+
+
+@pytest.fixture
+def folders(tmp_path, ray_cluster):
+    """Predictions and references of cases 0 and 1."""
+    assert ray_cluster.address
+    for n in range(2):
+        save(tmp_path / "predictions" / f"case-{n}.nii.gz", labels(n))
+        save(tmp_path / "references" / f"case-{n}.nii.gz", labels(n + 2))
+    return tmp_path / "predictions", tmp_path / "references"
+
+
+def expected(*seeds):
+    one_mm = (1.0, 1.0, 1.0)
+    cases = {f"case-{n}": score_case(labels(n), labels(n + 2), one_mm) for n in seeds}
+    return tuple(row for case_id, scores in cases.items() for row in rows(scores, case_id))
+
+
+@pytest.mark.ray
+def test_every_case_is_scored_by_its_id(folders):
+    found = evaluate(*map(str, folders))
+    assert found.rows == expected(0, 1)
+    assert found.mean == means(expected(0, 1))
+    assert found.missing == ()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("ending", [".nii.gz", "_seg.nii.gz", "-seg.nii.gz", ".nii"])
+@pytest.mark.parametrize("ours", [".nii.gz", "_prediction.nii.gz", "_pred.nii.gz"])
+def test_files_are_known_by_the_case_id_in_their_name(tmp_path, ray_cluster, ours, ending):
+    assert ray_cluster.address
+    save(tmp_path / "predictions" / f"case-0{ours}", labels(0))
+    save(tmp_path / "references" / f"case-0{ending}", labels(2))
+    found = evaluate(str(tmp_path / "predictions"), str(tmp_path / "references"))
+    assert found.rows == expected(0)
+
+
+@pytest.mark.ray
+def test_both_kinds_may_lie_in_one_folder(folders):
+    predictions, references = folders
+    for path in references.iterdir():
+        shutil.copy(path, predictions / path.name.replace(".nii", "_seg.nii"))
+    found = evaluate(str(predictions), str(predictions))
+    assert found.rows == expected(0, 1)
+
+
+@pytest.mark.ray
+def test_references_without_a_prediction_are_missing(folders):
+    predictions, references = folders
+    (predictions / "case-0.nii.gz").unlink()
+    found = evaluate(str(predictions), str(references))
+    assert found.missing == ("case-0",)
+    assert found.rows == expected(1)
+
+
+@pytest.mark.ray
+def test_a_prediction_without_a_reference_is_refused(folders):
+    predictions, references = folders
+    (references / "case-1.nii.gz").unlink()
+    with pytest.raises(DataError, match="no reference for case-1"):
+        evaluate(str(predictions), str(references))
+
+
+@pytest.mark.ray
+def test_an_edition_says_what_the_values_mean(folders):
+    predictions, references = folders
+    with pytest.raises(DataError, match=r"case-\d.*unknown label 3.*1, 2, 4"):
+        evaluate(str(predictions), str(references), edition="2020")
+    assert evaluate(str(predictions), str(references), edition="2023").rows == expected(0, 1)
+    swapped = evaluate(str(predictions), str(references), edition="msd")
+    assert swapped.mean["TC"] != means(expected(0, 1))["TC"]
+    with pytest.raises(UsageError, match="2020, 2021, 2023, msd"):
+        evaluate(str(predictions), str(references), edition="1999")
+
+
+@pytest.mark.ray
+def test_a_failure_on_the_cluster_keeps_its_own_words(folders):
+    predictions, references = folders
+    save(predictions / "case-1.nii.gz", labels(1)[:-2])
+    with pytest.raises(DataError) as refusal:
+        evaluate(str(predictions), str(references))
+    shapes = "(10, 10, 8) against (12, 10, 8)"
+    assert str(refusal.value) == f"case-1: prediction and reference differ in shape, {shapes}"
+
+
+@pytest.mark.ray
+def test_an_empty_folder_is_refused(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for pair in ((tmp_path / "empty", folders[1]), (folders[0], tmp_path / "empty")):
+        with pytest.raises(DataError, match="empty"):
+            evaluate(*map(str, pair))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("edition", ["2020", "2023", "msd"])
+def test_a_cohort_knows_its_own_values(tmp_path, ray_cluster, edition):
+    assert ray_cluster.address
+    write_phantoms(str(tmp_path / "tree"), num_cases=2, shape=(20, 20, 16), edition=edition)
+    cases = find_cases(str(tmp_path / "tree"))
+    write_cohort(cases, str(tmp_path / "cohort.parquet"))
+    for case in cases:
+        shutil.copy(case.label_uri, tmp_path / f"{case.case_id}_pred.nii.gz")
+    (tmp_path / "predictions").mkdir()
+    for path in tmp_path.glob("*_pred.nii.gz"):
+        path.rename(tmp_path / "predictions" / path.name)
+    told = None if edition != "msd" else edition
+    for references in ("tree", "cohort.parquet"):
+        found = evaluate(str(tmp_path / "predictions"), str(tmp_path / references), told)
+        assert len(found.rows) == 6
+        assert found.mean["mean"]["dice"] == 1
+    assert evaluate(str(tmp_path / "tree"), str(tmp_path / "tree")).mean["mean"]["dice"] == 1
+
+
+@pytest.mark.ray
+@pytest.mark.real
+def test_real_predictions_score_as_their_files_say(real_cases, ray_cluster, tmp_path):
+    assert ray_cluster.address
+    for number in (3, 5):
+        for path in (real_cases / "segmentations").glob(f"*_00{number}_*"):
+            shutil.copy(path, tmp_path)
+    found = evaluate(str(tmp_path), str(tmp_path))
+    assert len(found.rows) == 6
+    for row in found.rows:
+        p, r = (
+            np.asarray(nib.load(tmp_path / f"{row['case_id']}_{kind}.nii.gz").dataobj).astype(int)
+            for kind in ("prediction", "seg")
+        )
+        inside = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}[row["region"]]
+        p, r = np.isin(p, inside), np.isin(r, inside)
+        assert row["dice"] == pytest.approx(2 * (p & r).sum() / (p.sum() + r.sum()), rel=1e-12)
+        assert row["iou"] == pytest.approx((p & r).sum() / (p | r).sum(), rel=1e-12)
+        assert row["sensitivity"] == pytest.approx((p & r).sum() / r.sum(), rel=1e-12)

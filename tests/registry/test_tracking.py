@@ -1,0 +1,191 @@
+"""One MLflow run: parameters without secrets, metrics that all arrive, parents and children."""
+
+import json
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from services import free_ports
+
+from raybrats.config import (
+    DataConfig,
+    LossConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from raybrats.errors import TrackingError, UsageError
+from raybrats.registry import tracking
+from raybrats.registry.tracking import MetricLog, Run
+
+
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("server", marks=pytest.mark.mlflow)])
+def config(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    if request.param == "server":
+        uri = request.getfixturevalue("mlflow_uri")
+    return TrainConfig(
+        recipe="tiny",
+        loss=LossConfig(dice_weight=0.25),
+        run=RunConfig(name="one", storage_uri=str(folder)),
+        tracking=TrackingConfig(uri=uri, experiment=f"tracking-{request.param}"),
+    )
+
+
+def test_a_run_tells_its_recipe_and_parameters(config):
+    run = tracking.start(config, tags={"note": "first"})
+    found = MlflowClient(config.tracking.uri).get_run(run.run_id)
+    assert found.data.params == tracking.parameters(config)
+    assert found.data.params["loss.dice_weight"] == "0.25"
+    assert found.data.tags["raybrats.recipe"] == "tiny"
+    assert found.data.tags["note"] == "first"
+    assert (found.info.run_name, found.info.status) == ("one", "RUNNING")
+
+
+def test_a_run_ends_and_goes_on(config):
+    run, client = tracking.start(config), MlflowClient(config.tracking.uri)
+    for status in ("FINISHED", "FAILED", "KILLED"):
+        tracking.finish(run, status)
+        assert client.get_run(run.run_id).info.status == status
+        tracking.resume(run)
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+
+
+def test_a_run_below_a_parent(config):
+    parent = tracking.start(config)
+    child = tracking.start(config, parent=parent)
+    tags = MlflowClient(config.tracking.uri).get_run(child.run_id).data.tags
+    assert tags["mlflow.parentRunId"] == parent.run_id
+
+
+def test_every_metric_arrives(config):
+    run = tracking.start(config)
+    log = MetricLog(run)
+    for step in range(1, 31):
+        log.log({"train/loss": 1 / step, "train/lr": 0.1}, step)
+    log.close()
+    assert log.failed == ""
+    curves = tracking.curves(run)
+    assert set(curves) == {"train/loss", "train/lr"}
+    assert curves["train/loss"].steps == tuple(range(1, 31))
+    assert curves["train/loss"].values == pytest.approx([1 / step for step in range(1, 31)])
+
+
+def test_of_a_step_logged_twice_the_later_value_counts(config):
+    run = tracking.start(config)
+    for value in (0.1, 0.2):
+        log = MetricLog(run)
+        log.log({"dice": value}, 2)
+        log.log({"dice": 1 - value}, 1)
+        log.close()
+    curve = tracking.curves(run)["dice"]
+    assert curve.steps == (1, 2)
+    assert curve.values == pytest.approx((0.8, 0.2))
+
+
+def test_the_stored_configuration_holds_no_credentials(config):
+    data = DataConfig(cohort="s3://key:secret@bucket/cohort.parquet")
+    run = tracking.start(replace(config, data=data))
+    client = MlflowClient(config.tracking.uri)
+    assert client.get_run(run.run_id).data.params["data.cohort"] == "s3://***@bucket/cohort.parquet"
+    folder = client.download_artifacts(run.run_id, "config.json")
+    with open(folder) as file:
+        assert json.load(file)["data"]["cohort"] == "s3://***@bucket/cohort.parquet"
+
+
+def test_an_unknown_run_is_an_error_in_one_line(config):
+    unknown = Run(config.tracking.uri, "0" * 32)
+    for action in (tracking.resume, tracking.finish, tracking.curves):
+        with pytest.raises(TrackingError, match="0000") as refusal:
+            action(unknown)
+        assert "\n" not in str(refusal.value)
+
+
+def test_metrics_that_cannot_be_sent_stop_nothing(config):
+    log = MetricLog(Run(config.tracking.uri, "0" * 32))
+    log.log({"loss": 1.0}, 1)
+    log.close()
+    assert log.failed
+
+
+def test_a_dead_server_is_an_error_in_one_line_without_its_password():
+    uri = f"http://user:hush@127.0.0.1:{free_ports(1)[0]}"
+    config = TrainConfig(tracking=TrackingConfig(uri=uri))
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1") as refusal:
+        tracking.start(config)
+    assert "\n" not in str(refusal.value)
+    assert "hush" not in str(refusal.value)
+
+
+def test_a_server_in_trouble_is_asked_three_times():
+    asked = []
+
+    class Trouble(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(503)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Trouble) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        run = Run(f"http://127.0.0.1:{server.server_port}", "0" * 32)
+        with pytest.raises(TrackingError) as refusal:
+            tracking.resume(run)
+        server.shutdown()
+    assert len(asked) == 3
+    assert "\n" not in str(refusal.value)
+
+
+WORDS = st.text("abcXYZ019.-_%:", min_size=1, max_size=12)
+
+
+@given(user=WORDS, secret=st.text("hush!@#$:", min_size=6, max_size=12), rest=WORDS)
+def test_redacted_hides_what_stands_before_the_host(user, secret, rest):
+    shown = tracking.redacted(f"see http://{user}:{secret}@host:5000/{rest} and s3://bucket/x@y")
+    assert shown == f"see http://***@host:5000/{rest} and s3://bucket/x@y"
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/cohort.parquet", "/data/a@b", "models:/name@alias"])
+def test_redacted_leaves_the_rest_alone(text):
+    assert tracking.redacted(text) == text
+
+
+def test_parameters_say_nothing_about_places_and_people():
+    config = TrainConfig(
+        data=DataConfig(cohort="s3://bucket/cohort.parquet"),
+        run=RunConfig(name="one", storage_uri="s3://private/runs"),
+        tracking=TrackingConfig(uri="http://host:5000"),
+    )
+    rows = tracking.parameters(config)
+    assert not any(name.startswith(("tracking.", "run.storage")) for name in rows)
+    assert "private" not in json.dumps(rows)
+    assert rows["data.cohort"] == "s3://bucket/cohort.parquet"
+    assert rows["optim.steps"] == str(config.optim.steps)
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [(DataConfig, "cohort"), (RunConfig, "storage_uri"), (TrackingConfig, "uri")],
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(section, field):
+    with pytest.raises(UsageError, match="without credentials") as refused:
+        section(**{field: "s3://key:hush@bucket/place"})
+    assert "hush" not in str(refused.value)
+
+
+def test_runs_on_object_storage_need_a_server(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UsageError, match=r"tracking\.uri"):
+        tracking.default_uri("s3://bucket/runs")
+    assert tracking.default_uri(str(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
+    assert tracking.default_uri("s3://bucket/runs") == "http://there"
+    own = TrainConfig(tracking=TrackingConfig(uri="http://own"))
+    assert tracking.tracking_uri(own) == "http://own"

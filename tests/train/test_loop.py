@@ -1,0 +1,179 @@
+"""Steps and validation as plain torch: learning, resuming bit by bit, and scoring."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from raybrats.brats import ED, ET, NCR, REGIONS
+from raybrats.config import (
+    AugmentConfig,
+    DataConfig,
+    LossConfig,
+    NetworkConfig,
+    OptimConfig,
+    TrainConfig,
+    override,
+)
+from raybrats.data.batch import Batch
+from raybrats.data.patch import cut
+from raybrats.data.phantom import make_phantom
+from raybrats.data.prepare import prepare
+from raybrats.model.network import weights_of
+from raybrats.train import checkpoint, loop
+
+CPU = torch.device("cpu")
+STILL = AugmentConfig(mirror=0, noise=0, brightness=0, contrast=0, gamma=0)
+PATCH = (16, 16, 16)
+CONFIG = TrainConfig(
+    data=DataConfig(patch_size=PATCH),
+    network=NetworkConfig(widths=(4, 8, 8), deep_supervision=1),
+    loss=LossConfig(focal_weight=0.5),
+    optim=OptimConfig(lr=1e-2, steps=8, global_batch=2),
+)
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return [prepare(*make_phantom(index, shape=(32, 32, 24))) for index in range(2)]
+
+
+@pytest.fixture(scope="module")
+def batches(cases):
+    """One a step, the patches moving over the cases."""
+
+    def batch(step):
+        draws = [2 * step, 2 * step + 1]
+        patches = [cut(case, (step, 2, 1), PATCH) for case in cases]
+        image, labels = (np.stack(arrays) for arrays in zip(*patches, strict=True))
+        columns = [np.stack([getattr(c, n) for c in cases]) for n in ("gain", "bias", "background")]
+        return Batch(*map(torch.from_numpy, (image, labels, *columns, np.array(draws))))
+
+    return [batch(step) for step in range(8)]
+
+
+def assert_equal(one, other):
+    ours, theirs = weights_of(one.bare), weights_of(other.bare)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_loss_falls_on_a_batch_seen_again_and_again(batches):
+    config = replace(CONFIG, augment=STILL, optim=OptimConfig(lr=3e-2, steps=12, global_batch=2))
+    learner = loop.new_learner(config, CPU)
+    losses = [float(loop.train_step(learner, batches[0])) for _ in range(12)]
+    assert learner.step == 12
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_seed_decides_the_initial_weights():
+    assert_equal(loop.new_learner(CONFIG, CPU), loop.new_learner(CONFIG, CPU))
+    other = loop.new_learner(override(CONFIG, "run.seed", 5), CPU)
+    with pytest.raises(AssertionError):
+        assert_equal(loop.new_learner(CONFIG, CPU), other)
+
+
+def test_a_step_changes_every_weight(batches):
+    learner = loop.new_learner(CONFIG, CPU)
+    before = {name: tensor.clone() for name, tensor in learner.bare.named_parameters()}
+    loop.train_step(learner, batches[0])
+    same = [n for n, p in learner.bare.named_parameters() if torch.equal(before[n], p)]
+    assert same == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_a_resumed_learner_ends_bit_equal_to_an_uninterrupted_one(
+    batches, tmp_path, optimizer, stop
+):
+    config = override(CONFIG, "optim.name", optimizer)
+    whole = loop.new_learner(config, CPU)
+    losses = [loop.train_step(whole, batch) for batch in batches]
+
+    first = loop.new_learner(config, CPU)
+    for batch in batches[:stop]:
+        loop.train_step(first, batch)
+    weights, state = weights_of(first.bare), first.state()
+    checkpoint.write(
+        str(tmp_path), config, step=stop, weights=weights, state=state, metrics={"mean": 0.0}
+    )
+    del first, weights, state
+    torch.manual_seed(99)
+
+    found = checkpoint.newest(str(tmp_path))
+    second = loop.new_learner(config, CPU)
+    second.restore(found.weights, found.state, found.step)
+    assert second.step == stop
+    again = [loop.train_step(second, batch) for batch in batches[stop:]]
+    assert torch.equal(torch.stack(again), torch.stack(losses[stop:]))
+    assert_equal(second, whole)
+
+
+def test_random_numbers_go_on_where_they_were():
+    learner = loop.new_learner(CONFIG, CPU)
+    torch.rand(7)
+    weights, state = weights_of(learner.bare), learner.state()
+    expected = torch.rand(5)
+    loop.new_learner(CONFIG, CPU).restore(weights, state, 0)
+    assert torch.equal(torch.rand(5), expected)
+
+
+def test_the_learning_rate_falls_polynomially_from_lr_to_nothing(batches):
+    optim = OptimConfig(lr=0.02, steps=10, poly_power=0.9)
+    rates = [loop.learning_rate(optim, step) for step in range(11)]
+    assert rates[0] == 0.02
+    assert rates[5] == pytest.approx(0.02 * 0.5**0.9)
+    assert rates[10] == 0
+    assert rates == sorted(rates, reverse=True)
+    learner = loop.new_learner(CONFIG, CPU)
+    for batch in batches[:3]:
+        loop.train_step(learner, batch)
+    assert learner.optimizer.param_groups[0]["lr"] == loop.learning_rate(CONFIG.optim, 2)
+
+
+def test_gradients_are_clipped(batches):
+    learner = loop.new_learner(override(CONFIG, "optim.clip_norm", 1e-3), CPU)
+    loop.train_step(learner, batches[0])
+    norm = torch.stack([p.grad.norm() for p in learner.bare.parameters()]).norm()
+    assert norm <= 1e-3 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_loss_and_gradients_are_finite(batches, precision):
+    learner = loop.new_learner(override(CONFIG, "optim.precision", precision), CPU)
+    for batch in batches[:3]:
+        assert torch.isfinite(loop.train_step(learner, batch))
+        assert all(torch.isfinite(p.grad).all() for p in learner.bare.parameters())
+    assert all(p.dtype == torch.float32 for p in learner.bare.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_validation_scores_every_region_of_every_case(cases, precision):
+    learner = loop.new_learner(override(CONFIG, "optim.precision", precision), CPU)
+    scores = loop.validate(learner, iter(cases))
+    assert np.array(scores).shape == (len(cases), len(REGIONS))
+    assert all(0 <= score <= 1 for row in scores for score in row)
+
+
+def test_a_network_that_reads_the_answer_off_the_image_scores_one():
+    """Its modalities light up where the regions are."""
+    labels = np.zeros((20, 18, 17), np.uint8)
+    labels[2:14, 2:14, 2:14], labels[4:10, 4:10, 4:10], labels[5:8, 5:8, 5:8] = ED, NCR, ET
+    wt, tc, et = labels > 0, np.isin(labels, (NCR, ET)), labels == ET
+    image = [10 + 90 * mask.astype(np.int16) for mask in (wt, tc, et, wt)]
+    image[0][0, 0, 0] = 0  # a corner that differs: the background is 0, everything else is brain
+    learner = loop.new_learner(CONFIG, CPU)
+    learner.bare = nn.Conv3d(4, 3, 1, bias=False)
+    with torch.no_grad():
+        learner.bare.weight.copy_(torch.eye(3, 4)[..., None, None, None])
+    assert loop.validate(learner, [prepare(image, labels)]) == [[1, 1, 1]]
+    with torch.no_grad():
+        learner.bare.weight.neg_()
+    assert max(loop.validate(learner, [prepare(image, labels)])[0]) < 0.5
+
+
+def test_means_go_over_cases_first_and_then_over_regions():
+    means = loop.mean_scores([[1.0, 0.5, 0.0], [0.0, 0.5, 0.4]], REGIONS)
+    assert means == pytest.approx({"WT": 0.5, "TC": 0.5, "ET": 0.2, "mean": 0.4})
+    assert loop.mean_scores([[1.0, 1.0, 1.0]], REGIONS)["mean"] == 1
