@@ -18,7 +18,7 @@ from raybrats.data import storage
 from raybrats.errors import TrackingError, UsageError
 
 _LOGGED = ("data", "augment", "network", "loss", "optim", "validation", "cluster")
-"""Sections whose fields become parameters; URIs lose their credentials."""
+"""Sections whose fields become parameters."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def start(
         experiment = _experiment(client, config)
         run_id = client.create_run(experiment, tags=labels, run_name=config.run.name).info.run_id
         client.log_batch(run_id, params=[Param(*row) for row in parameters(config).items()])
-        client.log_text(run_id, redacted(to_json(config)), "config.json")
+        client.log_text(run_id, to_json(config), "config.json")
     return Run(uri, run_id)
 
 
@@ -122,7 +122,7 @@ def parameters(config: TrainConfig) -> dict[str, str]:
     rows = {"recipe": config.recipe, "run.seed": str(config.run.seed)}
     for section, values in asdict(config).items():
         if section in _LOGGED:
-            rows |= {f"{section}.{name}": redacted(str(v)) for name, v in values.items()}
+            rows |= {f"{section}.{name}": str(v) for name, v in values.items()}
     return rows
 
 
