@@ -110,11 +110,11 @@ def test_metrics_that_cannot_be_sent_stop_nothing(config):
     assert log.failed
 
 
-def test_a_dead_server_is_an_error_in_one_line_without_its_password():
+def test_a_dead_server_is_an_error_in_one_line_without_its_password(monkeypatch):
     uri = f"http://user:hush@127.0.0.1:{free_ports(1)[0]}"
-    config = TrainConfig(tracking=TrackingConfig(uri=uri))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1") as refusal:
-        tracking.start(config)
+        tracking.start(TrainConfig())
     assert "\n" not in str(refusal.value)
     assert "hush" not in str(refusal.value)
 
