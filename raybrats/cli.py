@@ -48,9 +48,14 @@ def demo(args: Sequence[str]) -> Answer:
     from raybrats.demo import run_demo
 
     document = run_demo(o.out)
-    scores = document["evaluate"]["mean"]
+    scores, model = document["evaluate"]["mean"], document["train"]["model"]
     rows = [[name, *(_figure(v) for v in scores[name].values())] for name in REGION_COLUMNS]
-    title = f"held-out Dice per region; report: {document['report']}"
+    title = (
+        f"registered:  models:/{model['name']}/{model['version']} is {model['alias']}\n"
+        f"predictions: {document['predictions']}\n"
+        f"report:      {document['report']}\n"
+        f"scores on {document['predict']['cases']} held-out cases:"
+    )
     return Answer(document, title, ("region", *scores["mean"]), rows)
 
 

@@ -53,6 +53,7 @@ def run_demo(out: str) -> dict[str, Any]:
         "index": found,
         "train": asdict(result),
         "predict": asdict(predicted),
+        "predictions": predictions,
         "evaluate": {"cases": evaluation.rows, "mean": evaluation.mean},
         "report": report,
     }
