@@ -209,12 +209,12 @@ def _show(answer: Answer, stdout: TextIO, *, as_json: bool) -> None:
         stdout.write(json.dumps(answer.document, indent=1) + "\n")
     else:
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        console = Console(file=stdout)
+        console = Console(file=stdout, width=None if stdout.isatty() else 160)
         console.print(answer.title, highlight=False, soft_wrap=True)
         if answer.rows:
-            table = Table(*answer.columns)
+            table = Table(*(Column(name, overflow="fold") for name in answer.columns))
             for row in answer.rows:
                 table.add_row(*(str(cell) for cell in row))
             console.print(table)

@@ -63,6 +63,8 @@ def train(config: TrainConfig) -> Result:
     try:
         with watched(f"training {config.run.name}", config.optim.steps) as board:
             metrics = fit(make_job(config, cases, run, board=board))
+        if "unsent" in metrics:
+            print(f"some metrics did not reach MLflow: {metrics['unsent']}", file=sys.stderr)  # noqa: T201
         version = register_best(config, run_uri, cases, run)
     except BaseException as error:
         with suppress(TrackingError):  # the first error is the one to tell

@@ -66,8 +66,11 @@ class _Pace:
         }
 
 
-def work(settings: Mapping[str, Any]) -> dict[str, float]:
-    """Trains from the newest good checkpoint to the last step; what was reported last."""
+def work(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains from the newest good checkpoint to the last step; what was reported last.
+
+    `unsent` tells why metrics did not reach MLflow, if some did not.
+    """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     job: Job = settings["job"]
     context = ray.train.get_context()
@@ -87,6 +90,7 @@ def work(settings: Mapping[str, Any]) -> dict[str, float]:
     last = _run(job, learner, share, log)
     if log is not None:
         log.close()
+        last |= {"unsent": log.failed} if log.failed else {}
     return last
 
 
@@ -103,19 +107,24 @@ def _run(job: Job, learner: loop.Learner, share: Share, log: MetricLog | None) -
         pace.add(loss, ended - began, ready - began, first=learner.step == share.start + 1)
         due = learner.step % config.validation.every_steps == 0
         if learner.step % LOG_EVERY_STEPS == 0 or learner.step == config.optim.steps:
-            _tell(job, learner, pace, log)
+            _tell(job, learner, share, pace, log)
         if due or learner.step == config.optim.steps:
             last = _validate_and_save(job, learner, share, pace, log)
     return last
 
 
-def _tell(job: Job, learner: loop.Learner, pace: _Pace, log: MetricLog | None) -> None:
-    """Loss and pace since the start, to the log and to the driver's progress display."""
+def _tell(
+    job: Job, learner: loop.Learner, share: Share, pace: _Pace, log: MetricLog | None
+) -> None:
+    """Mean loss of all ranks since the last time, and the pace, to MLflow and to the driver."""
+    mean = torch.stack(pace.losses).mean()
+    pace.losses.clear()
+    if share.world > 1:
+        torch.distributed.all_reduce(mean)
+        mean /= share.world
     if log is None:
         return
-    loss = float(torch.stack(pace.losses[-LOG_EVERY_STEPS:]).mean())
-    del pace.losses[:-LOG_EVERY_STEPS]
-    figures = pace.figures(job.config.optim.global_batch)
+    loss, figures = float(mean), pace.figures(job.config.optim.global_batch)
     rate = loop.learning_rate(job.config.optim, learner.step - 1)
     log.log({"train/loss": loss, "train/lr": rate, **figures}, learner.step)
     if job.board is not None:
