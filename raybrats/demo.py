@@ -24,14 +24,16 @@ def run_demo(out: str) -> dict[str, Any]:
     """
     out = storage.absolute(out)
     phantoms, cohort_uri = storage.join(out, "phantoms"), storage.join(out, "cohort.parquet")
-    places = {"data.cohort": cohort_uri, "run.storage_uri": storage.join(out, "runs")}
+    runs_uri = storage.join(out, "runs")
+    # Its own server even where MLFLOW_TRACKING_URI names one: a demo registers nothing elsewhere.
+    tracking_uri = f"sqlite:///{runs_uri}/mlflow.db"
+    places = {"data.cohort": cohort_uri, "run.storage_uri": runs_uri, "tracking.uri": tracking_uri}
     config = override_all(tiny(), places)
     write_phantoms(phantoms, num_cases=NUM_CASES, shape=SHAPE, edition="2020", seed=config.run.seed)
     cluster.connect()
     found = cohort.summary(index.index(phantoms, cohort_uri))
     result = train(config)
     assert result.model is not None, "the demo registers its model"
-    tracking_uri = f"sqlite:///{config.run.storage_uri}/mlflow.db"
     predictions = storage.join(result.run_uri, "predictions")
     predicted = predict(
         f"models:/{result.model.name}@{result.model.alias}",

@@ -3,10 +3,12 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,9 +92,7 @@ def load(model_uri: str, tracking_uri: str) -> Model:
         TrackingError: the server is out of reach, or there is no such model.
     """
     name = resolve(model_uri, tracking_uri)
-    with spoken_to(tracking_uri):
-        mlflow.set_tracking_uri(tracking_uri)
-        mlflow.set_registry_uri(tracking_uri)
+    with spoken_to(tracking_uri), _default_server(tracking_uri):
         loaded = mlflow.pyfunc.load_model(name)
     return Model(name, tuple(loaded.metadata.metadata["modalities"]), loaded.predict)
 
@@ -152,14 +152,13 @@ def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
 
 def _log(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
     """Uploads the model and makes it a version; its number."""
-    mlflow.set_tracking_uri(run.uri)
-    mlflow.set_registry_uri(run.uri)
     shape = (len(config.data.modalities), -1, -1, -1)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), shape)]),
         outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
     )
     with (
+        _default_server(run.uri),
         tempfile.TemporaryDirectory() as folder,
         mlflow.start_run(run_id=run.run_id),
         warnings.catch_warnings(),
@@ -190,6 +189,26 @@ def _registered(client: MlflowClient, name: str, run: Run, weights: str) -> Vers
             aliases = client.get_model_version(name, found.version).aliases
             return Version(name, str(found.version), (*aliases, "")[0])
     return None
+
+
+@contextmanager
+def _default_server(uri: str) -> Iterator[None]:
+    """MLflow's fluent calls go to this server.
+
+    MLflow also writes the URI into the environment, where later runs would take it for the user's.
+    """
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+    before = {name: os.environ.get(name) for name in names}
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _pinned(names: Sequence[str]) -> list[str]:

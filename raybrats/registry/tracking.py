@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
@@ -43,7 +44,10 @@ def tracking_uri(config: TrainConfig) -> str:
     Raises:
         UsageError: none is set, and the runs are not on a local path.
     """
-    return config.tracking.uri or default_uri(config.run.storage_uri)
+    uri = config.tracking.uri or default_uri(config.run.storage_uri)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return uri
 
 
 def default_uri(storage_uri: str = RunConfig().storage_uri) -> str:
@@ -56,9 +60,7 @@ def default_uri(storage_uri: str = RunConfig().storage_uri) -> str:
         return uri
     if storage.is_remote(storage_uri):
         raise UsageError("no MLflow server: set tracking.uri or MLFLOW_TRACKING_URI")
-    folder = storage.absolute(storage_uri)
-    os.makedirs(folder, exist_ok=True)
-    return f"sqlite:///{folder}/mlflow.db"
+    return f"sqlite:///{storage.absolute(storage_uri)}/mlflow.db"
 
 
 def start(

@@ -162,3 +162,12 @@ def test_a_dead_server_is_an_error_in_one_line():
     with pytest.raises(RegistrationError, match="trained, but not registered") as refusal:
         package.register(Run(uri, "0" * 32), TrainConfig(), files, {"mean": 0.5}, "cases-1")
     assert "\n" not in str(refusal.value)
+
+
+def test_the_environment_keeps_naming_the_users_server(config, history, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://users-own")
+    package.load(f"models:/packaged/{history[0][1].version}", config.tracking.uri)
+    assert tracking.default_uri() == "http://users-own"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    package.load(f"models:/packaged/{history[0][1].version}", config.tracking.uri)
+    assert tracking.default_uri().startswith("sqlite:///")
