@@ -184,7 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print(f"raybrats: {' '.join(str(error).split())}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        _print("raybrats: interrupted; the same command goes on where it stopped", sys.stderr)
+        _print(
+            "raybrats: interrupted; a run goes on by its --run.name, predictions by the same --out",
+            sys.stderr,
+        )
         return 130
 
 

@@ -58,29 +58,29 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     _protect_token()
 
 
-def check_fits(*, workers: int, cpus_per_worker: float, gpu: bool, streams: int = 1) -> None:
+def check_fits(*, workers: int, cpus_per_worker: float, gpu: bool, data_cpus: float) -> None:
     """Refuses a request that the cluster can never grant.
 
     Args:
         workers: of one run.
         cpus_per_worker: that each reserves.
         gpu: whether each also takes one GPU.
-        streams: runs at a time; each leaves `DATA_CPUS` to Ray Data.
+        data_cpus: that one decoding task takes; `DATA_CPUS` are left at least.
 
     Raises:
         ResourcesError: with the figures and the field to change.
     """
     have = resources()
-    gpus, cpus = workers * streams, streams * (workers * cpus_per_worker + DATA_CPUS)
-    if gpu and gpus > have["GPU"]:
+    spare = max(DATA_CPUS, data_cpus)
+    cpus = workers * cpus_per_worker + spare
+    if gpu and workers > have["GPU"]:
         raise ResourcesError(
-            f"{gpus} workers with one GPU each, but the cluster has {have['GPU']:g} GPUs; "
+            f"{workers} workers with one GPU each, but the cluster has {have['GPU']:g} GPUs; "
             "lower cluster.workers or set cluster.device to cpu"
         )
     if cpus > have["CPU"]:
         raise ResourcesError(
-            f"{workers} workers x {cpus_per_worker:g} CPUs + {DATA_CPUS:g} for decoding"
-            f"{f', {streams} runs at a time,' if streams > 1 else ''} make {cpus:g}, "
+            f"{workers} workers x {cpus_per_worker:g} CPUs + {spare:g} for decoding make {cpus:g}, "
             f"but the cluster has {have['CPU']:g} CPUs; "
             "lower cluster.workers or cluster.cpus_per_worker"
         )

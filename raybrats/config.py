@@ -6,6 +6,7 @@ that need them, so the mathematics runs where neither is installed.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -165,7 +166,10 @@ class OptimConfig(Section):
     """Patches a step, over all workers."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optim.lr", "> 0", self.lr)
+        _require(0 < self.lr < math.inf, "optim.lr", "> 0", self.lr)
+        _require(0 < self.momentum < 1, "optim.momentum", "in 0..1", self.momentum)
+        _require(self.weight_decay >= 0, "optim.weight_decay", ">= 0", self.weight_decay)
+        _require(self.poly_power >= 0, "optim.poly_power", ">= 0", self.poly_power)
         _require(self.clip_norm > 0, "optim.clip_norm", "> 0", self.clip_norm)
         _require(self.steps >= 1, "optim.steps", ">= 1", self.steps)
         _require(self.global_batch >= 1, "optim.global_batch", ">= 1", self.global_batch)
@@ -283,9 +287,11 @@ def from_json(text: str) -> TrainConfig:
 
 
 def digest(config: TrainConfig) -> str:
-    """Sha256 of everything that decides the weights; places, names and workers do not."""
+    """Sha256 of what decides the weights and how they are scored; places and workers do not."""
     ignored = ("recipe", "run", "cluster", "tracking")
     kept = {k: v for k, v in asdict(config).items() if k not in ignored}
+    for name in ("cpus_per_task", "prefetch_batches"):
+        del kept["data"][name]
     kept["seed"] = config.run.seed
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ from raybrats import cluster
 from raybrats.config import override_all
 from raybrats.data import cohort, index, storage
 from raybrats.data.phantom import write_phantoms
+from raybrats.errors import UsageError
 from raybrats.predict.evaluate import evaluate
 from raybrats.predict.predict import predict
 from raybrats.predict.report import write_report
@@ -22,6 +23,8 @@ def run_demo(out: str) -> dict[str, Any]:
 
     Everything lies below `out`; run again, it trains and registers once more.
     """
+    if storage.is_remote(out):
+        raise UsageError(f"--out {out}: the demo writes to a local folder")
     out = storage.absolute(out)
     phantoms, cohort_uri = storage.join(out, "phantoms"), storage.join(out, "cohort.parquet")
     runs_uri = storage.join(out, "runs")

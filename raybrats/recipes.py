@@ -26,9 +26,9 @@ def tiny() -> TrainConfig:
         data=DataConfig(patch_size=(32, 32, 32), foreground_share=0.5),
         augment=AugmentConfig(noise=0.05),
         network=NetworkConfig(widths=(8, 16, 32, 64)),
-        optim=OptimConfig(lr=1e-2, steps=250, global_batch=4),
-        validation=ValidationConfig(every_steps=125, overlap=0.25),
-        cluster=ClusterConfig(workers=2, cpus_per_worker=0.5),
+        optim=OptimConfig(lr=1e-2, steps=200, global_batch=4),
+        validation=ValidationConfig(every_steps=100, overlap=0.25),
+        cluster=ClusterConfig(workers=2, device="cpu", cpus_per_worker=0.5),
         run=RunConfig(seed=1),
     )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,14 @@ from raybrats.data.volume import (
     Volume,
     canonical_spacing,
     decode,
-    from_canonical,
-    to_canonical,
+    on_one_grid,
 )
-from raybrats.errors import DataError, StorageError
+from raybrats.errors import ChangedObjectError, DataError, MissingObjectError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_HANDED_OUT = re.compile(r"imagests/|validation", re.IGNORECASE)
 OK, UNLABELLED, BAD = "ok", "unlabelled", "bad"
 
 
@@ -106,7 +107,7 @@ def open_case(case: Case, *, need_labels: bool = False) -> Opened:
         for uri, size, digest in zip(uris, *expected, strict=True)
     ]
     volumes = [decode(data, storage.name(uri)) for data, uri in zip(files, uris, strict=True)]
-    volumes = _one_grid(case, volumes)
+    volumes = on_one_grid(case.case_id, [storage.name(uri) for uri in uris], volumes)
     images = volumes[: len(case.image_uris)]
     labels = None
     if case.label_uri is not None:
@@ -129,13 +130,17 @@ def prepare_case(case: Case, modalities: Sequence[str], normalisation: Normalisa
 
 
 def verify_case(case: Case) -> Case:
-    """The case with everything that opening it shows; its status and reason if it is bad."""
+    """The case with everything that opening it shows; its status and reason if it is bad.
+
+    Raises:
+        StorageError: the store is out of reach, which says nothing about the case.
+    """
     if case.status == BAD:
         return case
     try:
         opened = open_case(case)
         prepared = prepare(opened.volumes, opened.labels)
-    except (DataError, StorageError) as error:
+    except (DataError, MissingObjectError, ChangedObjectError) as error:
         return replace(case, status=BAD, reason=str(error))
     counts: tuple[int, ...] = ()
     if opened.labels is not None:
@@ -201,10 +206,16 @@ def summary(cases: Sequence[Case]) -> dict[str, Any]:
 
 
 def quarantined(cases: Sequence[Case]) -> list[Case]:
-    """Cases that training cannot use; unlabelled ones count only beside labelled ones."""
+    """Cases that training cannot use; unlabelled ones only where labels are to be expected.
+
+    That is beside labelled ones, but not in the folders in which the editions hand out their
+    validation and test cases (imagesTs, ...ValidationData).
+    """
     labelled = any(case.status == OK for case in cases)
     missing = [
-        replace(c, reason="no label file") for c in cases if c.status == UNLABELLED and labelled
+        replace(c, reason="no label file")
+        for c in cases
+        if c.status == UNLABELLED and labelled and not any(map(_HANDED_OUT.search, c.image_uris))
     ]
     return [c for c in cases if c.status == BAD] + missing
 
@@ -223,28 +234,6 @@ def _named(files: layout.Files) -> Case:
         status=BAD if files.problem else OK,
         reason=files.problem,
     )
-
-
-def _one_grid(case: Case, volumes: list[Volume]) -> list[Volume]:
-    """Checks that all files lie on one grid; a file without an orientation takes the others'."""
-    first = next((v.grid for v in volumes if v.grid.known), volumes[0].grid)
-    uris = (*case.image_uris, case.label_uri)
-    for volume, uri in zip(volumes, uris, strict=False):
-        name = storage.name(uri or "")
-        if volume.grid.shape != first.shape:
-            shapes = f"{volume.grid.shape} and {first.shape}"
-            raise DataError(f"{case.case_id}: {name} differs in shape from the others: {shapes}")
-        if volume.grid.known and first.known:
-            apart = float(np.abs(volume.grid.affine - first.affine).max())
-            if apart > 1e-2:
-                raise DataError(f"{case.case_id}: {name} lies elsewhere (affine {apart:.3g} off)")
-    return [v if v.grid.known else _laid(v, first) for v in volumes]
-
-
-def _laid(volume: Volume, grid: Grid) -> Volume:
-    """The volume with its file's voxels taken to lie on another file's grid."""
-    stored = from_canonical(volume.voxels, volume.grid)
-    return replace(volume, voxels=to_canonical(stored, grid), grid=grid)
 
 
 def _modalities(case: Case, images: Sequence[Volume]) -> tuple[np.ndarray, ...]:

@@ -93,6 +93,11 @@ def write_bytes(uri: str, data: bytes) -> None:
 def list_objects(uri: str) -> dict[str, int]:
     """Size in bytes of every object below a URI, by its own URI, in sorted order."""
     found = _attempt(uri, lambda fs, path: fs.find(path, detail=True))
+    for path, info in found.items():
+        if info.get("islink") and os.path.isdir(path):
+            raise StorageError(
+                f"{path}: a link to a folder is not followed; name the folder itself"
+            )
     prefix = f"{uri.partition('://')[0]}://" if is_remote(uri) else ""
     return {prefix + path: int(info["size"] or 0) for path, info in sorted(found.items())}
 

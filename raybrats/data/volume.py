@@ -5,7 +5,8 @@ Canonical axes are LPS, the orientation in which BraTS is distributed, so real c
 
 import math
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import deflate
 import nibabel as nib
@@ -105,6 +106,43 @@ def from_canonical(voxels: np.ndarray, grid: Grid) -> np.ndarray:
     back = turn[np.argsort(turn[:, 0])].copy()
     back[:, 0] = np.argsort(turn[:, 0])
     return orientations.apply_orientation(voxels, back)
+
+
+def on_one_grid(case_id: str, names: Sequence[str], volumes: Sequence[Volume]) -> list[Volume]:
+    """The volumes of one case, checked to lie on one grid once their axes are canonical.
+
+    A file that does not know its orientation takes that of the others.
+
+    Raises:
+        DataError: they differ in shape, or lie more than 0.01 mm apart.
+    """
+    first = next((v.grid for v in volumes if v.grid.known), volumes[0].grid)
+    laid = [v if v.grid.known else _laid(v, first) for v in volumes]
+    for volume, name in zip(laid, names, strict=True):
+        shape, wanted = volume.voxels.shape[:3], _canonical_shape(first)
+        if shape != wanted:
+            shapes = f"{shape} and {wanted}"
+            raise DataError(f"{case_id}: {name} differs in shape from the others: {shapes}")
+        apart = float(np.abs(_canonical_affine(volume.grid) - _canonical_affine(first)).max())
+        if apart > 1e-2:
+            raise DataError(f"{case_id}: {name} lies elsewhere (affine {apart:.3g} off)")
+    return laid
+
+
+def _canonical_shape(grid: Grid) -> tuple[int, int, int]:
+    i, j, k = (grid.shape[axis] for axis in np.argsort(_turn(grid)[:, 0]))
+    return i, j, k
+
+
+def _canonical_affine(grid: Grid) -> np.ndarray:
+    return grid.affine @ orientations.inv_ornt_aff(_turn(grid), grid.shape)
+
+
+def _laid(volume: Volume, grid: Grid) -> Volume:
+    """The volume with its file's voxels taken to lie on another file's grid."""
+    stored = from_canonical(volume.voxels, volume.grid)
+    own = replace(grid, shape=volume.grid.shape)
+    return replace(volume, voxels=to_canonical(stored, own), grid=own)
 
 
 def canonical_spacing(grid: Grid) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from raybrats import cluster
 from raybrats.brats import EDITIONS
 from raybrats.data import cohort, index, layout, storage
 from raybrats.data.prepare import labels_from
-from raybrats.data.volume import Volume, canonical_spacing, decode
+from raybrats.data.volume import Volume, canonical_spacing, decode, on_one_grid
 from raybrats.errors import DataError, UsageError
 from raybrats.model.metrics import score_case
 from raybrats.progress import Display
@@ -39,7 +39,13 @@ class Evaluation:
     """References without a prediction."""
 
 
-def evaluate(predictions: str, references: str, edition: str | None = None) -> Evaluation:
+def evaluate(
+    predictions: str,
+    references: str,
+    edition: str | None = None,
+    *,
+    skip_unlabelled: bool = False,
+) -> Evaluation:
     """Scores every prediction against the reference of the same case id.
 
     Args:
@@ -47,6 +53,7 @@ def evaluate(predictions: str, references: str, edition: str | None = None) -> E
         references: the same.
         edition: label convention of the files; told from the data where not given (a cohort
             knows its own).
+        skip_unlabelled: leave out predictions of cases that the references know without labels.
 
     Raises:
         DataError: no prediction has a reference, or a prediction has none.
@@ -58,10 +65,13 @@ def evaluate(predictions: str, references: str, edition: str | None = None) -> E
     values = EDITIONS[edition].label_values if edition else None
     ours = _label_files(predictions, values, wanted="predictions")
     theirs = _label_files(references, values, wanted="references")
-    strangers = sorted(set(ours) - set(theirs))
+    strangers = sorted(i for i in ours if not (theirs.get(i) or (skip_unlabelled and i in theirs)))
     if strangers:
         raise DataError(f"no reference for {', '.join(strangers[:5])} in {references}")
-    pairs = [(ours[case_id], theirs[case_id]) for case_id in sorted(ours)]
+    found = [(ours[case_id], theirs[case_id]) for case_id in sorted(ours)]
+    pairs = [(mine, reference) for mine, reference in found if mine and reference]
+    if not pairs:
+        raise DataError(f"{references}: no labels for the cases of {predictions}")
     scored: dict[str, list[dict[str, Any]]] = {}
     with Display("evaluating", len(pairs)) as display:
         tasks = cluster.each(score_pair, pairs, num_cpus=0.5, memory=index.TASK_MEMORY)
@@ -69,7 +79,8 @@ def evaluate(predictions: str, references: str, edition: str | None = None) -> E
             scored[rows[0]["case_id"]] = rows
             display.show(len(scored), rows[0]["case_id"])
     rows = tuple(row for case_id in sorted(scored) for row in scored[case_id])
-    return Evaluation(rows, means(rows), tuple(sorted(set(theirs) - set(ours))))
+    missing = sorted(case_id for case_id, file in theirs.items() if file and not ours.get(case_id))
+    return Evaluation(rows, means(rows), tuple(missing))
 
 
 def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:
@@ -78,11 +89,14 @@ def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:
     Raises:
         DataError: a file is damaged, or the two differ in grid.
     """
-    (prediction, _), (reference, spacing) = map(_read, pair)
-    if prediction.shape != reference.shape:
-        shapes = f"{prediction.shape} against {reference.shape}"
-        raise DataError(f"{pair[0].case_id}: prediction and reference differ in shape, {shapes}")
-    scores = score_case(prediction, reference, spacing)
+    names = [storage.name(file.uri) for file in pair]
+    stored = [decode(storage.read_bytes(f.uri), n) for f, n in zip(pair, names, strict=True)]
+    volumes = on_one_grid(pair[0].case_id, names, stored)
+    prediction, reference = (
+        labels_from(volume, file.values or _told_from(volume, other.values, name), name)
+        for volume, file, other, name in zip(volumes, pair, reversed(pair), names, strict=True)
+    )
+    scores = score_case(prediction, reference, canonical_spacing(volumes[0].grid))
     return [{"case_id": pair[0].case_id, **asdict(score)} for score in scores]
 
 
@@ -98,8 +112,11 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def _label_files(
     uri: str, values: tuple[int, int, int] | None, wanted: str
-) -> dict[str, LabelFile]:
-    """Label files by case id, from a cohort file, a tree of cases, or a folder of label files."""
+) -> Mapping[str, LabelFile | None]:
+    """Label files by case id, from a cohort file, a tree of cases, or a folder of label files.
+
+    A case that a cohort knows, but has no labels for, stands there with None.
+    """
     uri = storage.absolute(uri)
     if uri.endswith(".parquet"):
         cases = cohort.read_cohort(uri)
@@ -109,11 +126,10 @@ def _label_files(
             return plain
         cases = cohort.find_cases(uri)
     found = {
-        c.case_id: LabelFile(c.case_id, c.label_uri, values or c.label_values)
+        c.case_id: c.label_uri and LabelFile(c.case_id, c.label_uri, values or c.label_values)
         for c in cases
-        if c.label_uri is not None
     }
-    if not found:
+    if not any(found.values()):
         raise DataError(f"{uri}: no label file")
     return found
 
@@ -125,7 +141,7 @@ def _plain_files(
     storage.require(uri)
     files = [u for u in storage.list_objects(uri) if layout.is_volume(u)]
     labels = [u for u in files if not layout.is_modality(u)]
-    if len(labels) < len(files):
+    if len(labels) < len(files) or storage.exists(storage.join(uri, "dataset.json")):
         return {}
     marked = [u for u in labels if layout.is_reference(u)]
     if 0 < len(marked) < len(labels):
@@ -134,16 +150,13 @@ def _plain_files(
     return {i: LabelFile(i, u, values) for i, u in zip(ids, labels, strict=True)}
 
 
-def _read(file: LabelFile) -> tuple[np.ndarray, tuple[float, float, float]]:
-    name = storage.name(file.uri)
-    volume = decode(storage.read_bytes(file.uri), name)
-    values = file.values or _told_from(volume, name)
-    return labels_from(volume, values, name), canonical_spacing(volume.grid)
-
-
-def _told_from(volume: Volume, name: str) -> tuple[int, int, int]:
-    """ET is 4 where a 4 occurs, else 3; a file with both needs to be told."""
+def _told_from(
+    volume: Volume, partner: tuple[int, int, int] | None, name: str
+) -> tuple[int, int, int]:
+    """The values of the file's partner where they fit; else ET is 4 where a 4 occurs, else 3."""
     found = set(np.unique(np.rint(volume.values)).astype(int).tolist())
+    if partner is not None and found <= {0, *partner}:
+        return partner
     if {3, 4} <= found:
         raise DataError(f"{name}: labels 3 and 4 both occur; say which by --edition")
     return (1, 2, 4) if 4 in found else (1, 2, 3)

@@ -142,6 +142,9 @@ class _Worker:
             self._segment(case)
         except RaybratsError as error:
             return {"case_id": case.case_id, "reason": str(error)}
+        except Exception as error:  # such as a GPU out of memory: the other cases go on
+            words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            return {"case_id": case.case_id, "reason": words}
         return {"case_id": case.case_id, "reason": ""}
 
     def _segment(self, case: Case) -> None:

@@ -54,7 +54,7 @@ def write_report(
     if not cases:
         raise DataError(f"{predictions}: no prediction of a case of {cohort_uri}")
     if evaluation is None and any(case.label_uri for case in cases):
-        evaluation = evaluate(predictions, cohort_uri)
+        evaluation = evaluate(predictions, cohort_uri, skip_unlabelled=True)
     rows = evaluation.rows if evaluation else ()
     page = Report(
         title=f"raybrats: {model}",

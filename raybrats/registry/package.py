@@ -74,11 +74,13 @@ def register(
                 return earlier
             number = _log(run, config, files)
             tags = {f"dice_{region}": f"{value:.6f}" for region, value in scores.items()}
-            tags |= {"held_out": held_out, "recipe": config.recipe, "weights_sha256": weights}
+            tags |= {"held_out": held_out, "recipe": config.recipe}
             for key, value in tags.items():
                 client.set_model_version_tag(name, number, key, value)
             alias = _alias(client, name, scores["mean"], held_out)
             client.set_registered_model_alias(name, alias, number)
+            # Last, for it says that all of this is done: a later attempt looks for it.
+            client.set_model_version_tag(name, number, "weights_sha256", weights)
     except TrackingError as error:
         raise RegistrationError(f"trained, but not registered: {error}") from error
     return Version(name, number, alias)

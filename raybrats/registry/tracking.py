@@ -10,13 +10,27 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import boto3.exceptions
+import botocore.exceptions
 import mlflow
+import requests
+import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from raybrats.config import RunConfig, TrainConfig, to_json
 from raybrats.data import storage
 from raybrats.errors import TrackingError, UsageError
+
+_TRANSPORT = (
+    mlflow.exceptions.MlflowException,
+    requests.RequestException,
+    botocore.exceptions.BotoCoreError,
+    botocore.exceptions.ClientError,
+    boto3.exceptions.Boto3Error,
+    sqlalchemy.exc.SQLAlchemyError,
+)
+"""What speaking to the server, its artifact store or its database may raise."""
 
 _LOGGED = ("data", "augment", "network", "loss", "optim", "validation", "cluster")
 """Sections whose fields become parameters."""
@@ -153,12 +167,13 @@ class MetricLog:
         """Waits, a minute at most, until everything is sent."""
         self._waiting.put(None)
         self._thread.join(timeout=60)
+        if self._thread.is_alive():
+            self.failed = "the server has not taken them within a minute"
 
     def _send(self) -> None:
-        client = MlflowClient(self._run.uri)
         while (rows := self._waiting.get()) is not None:
             try:
-                client.log_batch(self._run.run_id, metrics=rows)
+                MlflowClient(self._run.uri).log_batch(self._run.run_id, metrics=rows)
             except Exception as error:  # training goes on without its metrics, and says so
                 self.failed = f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -168,7 +183,7 @@ def spoken_to(uri: str) -> Iterator[None]:
     """Turns what MLflow and its transport raise into one line about the server."""
     try:
         yield
-    except mlflow.exceptions.MlflowException as error:
+    except _TRANSPORT as error:
         words = redacted(str(error).splitlines()[0])[:300]
         raise TrackingError(f"MLflow at {redacted(uri)}: {words}") from error
 

@@ -1,12 +1,13 @@
 """What an attempt at a run leaves for the next one: run.json, beside the checkpoints."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from raybrats.config import TrainConfig, digest, to_json
 from raybrats.data import storage
+from raybrats.data.cohort import Case
 from raybrats.errors import CheckpointError, MissingObjectError, UsageError
 from raybrats.registry import tracking
 from raybrats.registry.tracking import Run
@@ -15,14 +16,14 @@ NAME = "run.json"
 
 
 def read(run_uri: str) -> dict[str, Any] | None:
-    """The record of a run: {mlflow_run_id, digest, config}; None if there is none.
+    """The record of a run: {mlflow_run_id, digest, cohort, config}; None if there is none.
 
     Raises:
         CheckpointError: it is damaged.
     """
     try:
         known = json.loads(storage.read_bytes(storage.join(run_uri, NAME)))
-        return {name: known[name] for name in ("mlflow_run_id", "digest", "config")}
+        return {name: known[name] for name in ("mlflow_run_id", "digest", "cohort", "config")}
     except MissingObjectError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -52,8 +53,22 @@ def earlier(config: TrainConfig, run_uri: str) -> dict[str, Any] | None:
     return known
 
 
+def check_cohort(known: Mapping[str, Any] | None, cases: Sequence[Case], run_uri: str) -> None:
+    """Refuses to go on with other cases, whose order and folds would be others too.
+
+    Raises:
+        UsageError: the cases, their bytes or their folds are not those of the earlier attempt.
+    """
+    if known is not None and known["cohort"] != _cohort_digest(cases):
+        raise UsageError(f"{run_uri} was started on another cohort; choose another run.name")
+
+
 def open_tracking(
-    config: TrainConfig, run_uri: str, known: Mapping[str, Any] | None, parent: Run | None = None
+    config: TrainConfig,
+    run_uri: str,
+    known: Mapping[str, Any] | None,
+    cases: Sequence[Case],
+    parent: Run | None = None,
 ) -> Run:
     """The MLflow run of an earlier attempt, or a new one that later attempts will find."""
     uri = tracking.tracking_uri(config)
@@ -65,10 +80,16 @@ def open_tracking(
     left = {
         "mlflow_run_id": run.run_id,
         "digest": digest(config),
+        "cohort": _cohort_digest(cases),
         "config": asdict(config),
     }
     storage.write_bytes(storage.join(run_uri, NAME), json.dumps(left, indent=1).encode())
     return run
+
+
+def _cohort_digest(cases: Sequence[Case]) -> str:
+    rows = [[case.case_id, case.fold, *case.digests] for case in cases]
+    return storage.sha256(json.dumps(rows).encode())
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -57,9 +57,10 @@ def train(config: TrainConfig) -> Result:
     run_uri = storage.join(storage.absolute(config.run.storage_uri), config.run.name)
     known = record.earlier(config, run_uri)
     cluster.connect()
-    _check_fits(config, streams=1)
+    check_fits(config)
     cases = usable(config, index.load(config.data.cohort))
-    run = record.open_tracking(config, run_uri, known)
+    record.check_cohort(known, cases, run_uri)
+    run = record.open_tracking(config, run_uri, known, cases)
     try:
         with watched(f"training {config.run.name}", config.optim.steps) as board:
             metrics = fit(make_job(config, cases, run, board=board))
@@ -208,12 +209,17 @@ def uses_gpu(config: TrainConfig) -> bool:
     return config.cluster.device == "gpu"
 
 
-def _check_fits(config: TrainConfig, streams: int) -> None:
+def check_fits(config: TrainConfig) -> None:
+    """Refuses a run that the cluster can never place.
+
+    Raises:
+        ResourcesError: with the figures and the field to change.
+    """
     cluster.check_fits(
         workers=config.cluster.workers,
         cpus_per_worker=config.cluster.cpus_per_worker,
         gpu=uses_gpu(config),
-        streams=streams,
+        data_cpus=config.data.cpus_per_task,
     )
 
 
@@ -242,5 +248,5 @@ def _cause(error: BaseException, job: Job) -> RaybratsError:
     told = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
     return RaybratsError(
         f"run {job.config.run.name} stopped ({place}): {(told or lines)[-1][:300]}; "
-        "the same command resumes it"
+        f"--run.name {job.config.run.name} resumes it"
     )

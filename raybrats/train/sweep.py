@@ -43,6 +43,10 @@ _SAMPLERS = {
 }
 
 
+_FIXED = ("cluster.", "run.", "tracking.", "data.cohort", "data.fold", "optim.steps", "validation.")
+"""Fields that decide where trials run and how they are compared."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """One point of the search and what it came to."""
@@ -73,6 +77,12 @@ def search(config: TrainConfig, space: Sequence[str], num_trials: int) -> Sweep:
         RaybratsError: a kind for each cause; if every trial fails, the cause of the first.
     """
     config = named(config, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    # Trials run elsewhere, where relative paths and this process' environment mean nothing.
+    uris = {
+        "run.storage_uri": storage.absolute(config.run.storage_uri),
+        "tracking.uri": tracking.tracking_uri(config),
+    }
+    config = override_all(config, uris)
     domains = parse_space(space, config)
     if num_trials < 1:
         raise UsageError(f"--trials must be >= 1, got {num_trials}")
@@ -118,6 +128,8 @@ def parse_space(space: Sequence[str], config: TrainConfig) -> dict[str, Domain]:
                 raise ValueError("nothing to choose from")
         except (SyntaxError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"--space {word!r}: {error}") from None
+        if match[1].startswith(_FIXED):
+            raise UsageError(f"--space {word!r}: {match[1]} is the same for all trials")
         for sample in samples:
             override(config, match[1], sample)
         domains[match[1]] = domain
@@ -128,12 +140,11 @@ def parse_space(space: Sequence[str], config: TrainConfig) -> dict[str, Domain]:
 
 def _concurrency(config: TrainConfig, num_trials: int) -> int:
     """Trials that fit the cluster side by side; Tune itself does not count their workers."""
-    gpu = runs.uses_gpu(config)
-    workers, cpus = config.cluster.workers, config.cluster.cpus_per_worker
-    cluster.check_fits(workers=workers, cpus_per_worker=cpus, gpu=gpu)
-    have = cluster.resources()
-    fitting = have["CPU"] / (workers * cpus + cluster.DATA_CPUS)
-    if gpu:
+    runs.check_fits(config)
+    have, workers = cluster.resources(), config.cluster.workers
+    spare = max(cluster.DATA_CPUS, config.data.cpus_per_task)
+    fitting = have["CPU"] / (workers * config.cluster.cpus_per_worker + spare)
+    if runs.uses_gpu(config):
         fitting = min(fitting, have["GPU"] / workers)
     return max(1, min(num_trials, math.floor(fitting)))
 
@@ -180,7 +191,7 @@ def _run_trial(
     trial_id = tune.get_context().get_trial_id()
     trial = _trial_config(config, overrides, f"{config.run.name}-{trial_id}")
     run_uri = storage.join(storage.absolute(trial.run.storage_uri), trial.run.name)
-    run = record.open_tracking(trial, run_uri, None, parent)
+    run = record.open_tracking(trial, run_uri, None, cases, parent)
     runs.fit(runs.make_job(trial, cases, run, share=at_once), [TuneReportCallback()])
 
 
@@ -190,8 +201,7 @@ def _trial_config(config: TrainConfig, overrides: Mapping[str, Any], name: str) 
 
 def _outcome(config: TrainConfig, parent: Run, result: ray.tune.Result) -> Trial:
     """A trial as its files tell it; its MLflow run is closed."""
-    trial_id = (result.metrics or {}).get("trial_id") or storage.name(result.path).split("_")[2]
-    name = f"{config.run.name}-{trial_id}"
+    name = f"{config.run.name}-{(result.metrics or {})['trial_id']}"
     run_uri = storage.join(storage.absolute(config.run.storage_uri), name)
     run_id = (record.read(run_uri) or {"mlflow_run_id": ""})["mlflow_run_id"]
     try:
@@ -212,8 +222,18 @@ class _Shown(tune.Callback):
     """Progress of the sweep: trials ended, and the latest score."""
 
     def __init__(self, num_trials: int) -> None:
-        self._display = Display("sweep", num_trials)
-        self._ended = 0
+        self._num_trials, self._ended = num_trials, 0
+
+    def setup(self, **_: object) -> None:
+        """Starts the display here, for Tune copies the callback before and a bar has locks."""
+        self._display = Display("sweep", self._num_trials).__enter__()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_display"}
+
+    def on_experiment_end(self, **_: object) -> None:
+        """All trials have ended."""
+        self._display.__exit__()
 
     def on_trial_result(self, **event: object) -> None:
         """A trial has validated."""

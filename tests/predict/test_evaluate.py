@@ -94,7 +94,7 @@ def test_other_shapes_are_refused(tmp_path):
     )
     with pytest.raises(DataError, match=r"one: .*shape") as refusal:
         score_pair(pair)
-    assert "(11, 10, 8) against (12, 10, 8)" in str(refusal.value)
+    assert "differs in shape from the others: (12, 10, 8) and (11, 10, 8)" in str(refusal.value)
 
 
 def test_means_go_over_cases_and_then_over_regions():
@@ -190,8 +190,8 @@ def test_a_failure_on_the_cluster_keeps_its_own_words(folders):
     save(predictions / "case-1.nii.gz", labels(1)[:-2])
     with pytest.raises(DataError) as refusal:
         evaluate(str(predictions), str(references))
-    shapes = "(10, 10, 8) against (12, 10, 8)"
-    assert str(refusal.value) == f"case-1: prediction and reference differ in shape, {shapes}"
+    words = "case-1: case-1.nii.gz differs in shape from the others: (12, 10, 8) and (10, 10, 8)"
+    assert str(refusal.value) == words
 
 
 @pytest.mark.ray
@@ -241,3 +241,31 @@ def test_real_predictions_score_as_their_files_say(real_cases, ray_cluster, tmp_
         assert row["dice"] == pytest.approx(2 * (p & r).sum() / (p.sum() + r.sum()), rel=1e-12)
         assert row["iou"] == pytest.approx((p & r).sum() / (p | r).sum(), rel=1e-12)
         assert row["sensitivity"] == pytest.approx((p & r).sum() / r.sum(), rel=1e-12)
+
+
+def test_plain_predictions_follow_the_convention_of_their_references(tmp_path):
+    write_phantoms(str(tmp_path / "tree"), num_cases=2, shape=(24, 24, 20), edition="msd")
+    shutil.copytree(tmp_path / "tree/Task01_BrainTumour/labelsTr", tmp_path / "predictions")
+    for case in find_cases(str(tmp_path / "tree")):
+        ours = LabelFile(case.case_id, f"{tmp_path}/predictions/{case.case_id}.nii.gz", None)
+        theirs = LabelFile(case.case_id, case.label_uri, case.label_values)
+        assert case.label_values == (2, 1, 3)
+        assert [row["dice"] for row in score_pair((ours, theirs))] == [1.0, 1.0, 1.0]
+
+
+def test_a_prediction_that_lies_elsewhere_is_refused(tmp_path):
+    reference = file(tmp_path / "r.nii.gz", labels())
+    moved = nib.Nifti1Image(labels(), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    moved.affine[0, 3] += 5
+    nib.save(nib.Nifti1Image(labels(), moved.affine), tmp_path / "p.nii.gz")
+    with pytest.raises(DataError, match="lies elsewhere"):
+        score_pair((LabelFile("one", str(tmp_path / "p.nii.gz"), None), reference))
+
+
+def test_a_file_without_an_orientation_takes_that_of_its_partner(tmp_path):
+    reference = file(tmp_path / "r.nii.gz", labels())
+    bare = nib.Nifti1Image(labels(), None)
+    bare.header["sform_code"] = bare.header["qform_code"] = 0
+    nib.save(bare, tmp_path / "p.nii.gz")
+    rows_found = score_pair((LabelFile("one", str(tmp_path / "p.nii.gz"), None), reference))
+    assert [row["dice"] for row in rows_found] == [1.0, 1.0, 1.0]
