@@ -13,6 +13,9 @@ T, R = TypeVar("T"), TypeVar("R")
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Task workers that idle, as during a validation, are not ended after a second: new ones would
+    # import everything again (measured: half of the patches a second).
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Keeps CUDA_VISIBLE_DEVICES of tasks that ask for no GPU.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -18,6 +18,7 @@ from raybrats.errors import UsageError
 
 T = TypeVar("T")
 NUM_FOLDS = 5
+Normalisation = Literal["zscore", "minmax", "percentile"]
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
@@ -47,12 +48,29 @@ class DataConfig(Section):
     """Cross-validation fold held out for validation, 0 to 4; -1 trains and validates on all."""
     modalities: tuple[Modality, ...] = MODALITIES
     """Input channels, in this order."""
-    normalisation: Literal["zscore", "minmax"] = "zscore"
-    """Per modality inside the brain: zero mean and unit deviation, or 0 to 1."""
+    normalisation: Normalisation = "zscore"
+    """Inside the brain: zero mean and unit deviation; 0 to 1; 0 to 1 between `percentiles`."""
+    percentiles: tuple[float, float] = (0.5, 99.5)
+    """Where `percentile` clips each modality, in per cent of the brain's voxels."""
+    sampling: Literal["random", "grid", "slices", "volume"] = "random"
+    """What a draw is: a random patch, the next of the overlapping patches that cover the case, one
+    of its slices, or the case whole, padded to a multiple of the network's stride."""
     patch_size: tuple[int, int, int] = (128, 128, 128)
-    """Patch shape in voxels, (i, j, k)."""
+    """Shape of a draw in voxels, (i, j, k); slices are resized to (i, j, 1). Not for `volume`."""
     foreground_share: float = 1 / 3
-    """Share of the draws centred on a tumour voxel (nnU-Net: one third)."""
+    """Share of the random draws centred on a tumour voxel (nnU-Net: one third)."""
+    grid_overlap: float = 0.5
+    """Overlap of neighbouring patches of the grid, as a fraction of the patch."""
+    first_slice: int = 0
+    """Lowest slice that is drawn, counted along k of the whole canonical volume."""
+    num_slices: int = 155
+    """Slices that are drawn from, of each case (BraTS has 155)."""
+    patches_per_case: int = 1
+    """Draws that one opening of a case serves, in as many steps; of use without a cache."""
+    cache_dir: str = ""
+    """Node-local folder of prepared cases; empty: raybrats-cache-<user id> of the temporary one."""
+    cache_gb: float = 100.0
+    """Most that the folder may hold, in 10^9 bytes (BraTS 2021 is 45); 0 keeps nothing."""
     max_bad_fraction: float = 0.0
     """Share of quarantined cases that training accepts; they are left out and named."""
     cpus_per_task: float = 0.5
@@ -63,7 +81,17 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         _require_no_secret("data.cohort", self.cohort)
         _require(-1 <= self.fold < NUM_FOLDS, "data.fold", "in -1..4", self.fold)
-        _require(all(n >= 8 for n in self.patch_size), "data.patch_size", ">= 8", self.patch_size)
+        flat = self.sampling == "slices"
+        rule = ">= 8, and 1 along k for slices" if flat else ">= 8"
+        fits = min(self.patch_size[: 2 if flat else 3]) >= 8 and (self.patch_size[2] == 1) == flat
+        _require(fits, "data.patch_size", rule, self.patch_size)
+        low, high = self.percentiles
+        _require(0 <= low < high <= 100, "data.percentiles", "0 <= low < high <= 100", (low, high))
+        _require(0 <= self.grid_overlap < 1, "data.grid_overlap", "in 0..1", self.grid_overlap)
+        _require(self.first_slice >= 0, "data.first_slice", ">= 0", self.first_slice)
+        _require(self.num_slices >= 1, "data.num_slices", ">= 1", self.num_slices)
+        _require(self.patches_per_case >= 1, "data.patches_per_case", ">= 1", self.patches_per_case)
+        _require(self.cache_gb >= 0, "data.cache_gb", ">= 0", self.cache_gb)
         _require(len(self.modalities) > 0, "data.modalities", "one or more", self.modalities)
         share = self.foreground_share
         _require(0 <= share <= 1, "data.foreground_share", "in 0..1", share)
@@ -75,26 +103,75 @@ class DataConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig(Section):
-    """Random changes of a batch: probability of each, and its range (nnU-Net's where not said)."""
+    """Random changes of a batch: the probability of each a patch, and its range.
 
-    mirror: float = 0.5
-    """Probability of mirroring, axis by axis."""
+    Values are nnU-Net v2's where no other source is named; what it lacks is off.
+    """
+
+    rotation: float = 0.2
+    rotation_degrees: float = 30.0
+    """Largest angle about each axis, either way."""
+    scale: float = 0.2
+    scale_range: tuple[float, float] = (0.7, 1.4)
+    """Source voxels a voxel, as in nnU-Net: 0.7 magnifies, 1.4 makes the head smaller."""
+    elastic: float = 0.0
+    """Smooth deformation (the BraTS 2020 winner: 0.3)."""
+    elastic_voxels: tuple[float, float] = (0.0, 7.5)
+    """Largest displacement of a control point (TorchIO: 7.5 mm)."""
+    elastic_spacing_voxels: float = 32.0
+    """Distance of the control points (TorchIO: 7 over a head, about 32 mm)."""
+    bias_field: float = 0.0
+    """Smooth shading, another for each modality."""
+    bias_field_coefficient: float = 0.5
+    """Largest coefficient of the polynomial over the patch (TorchIO)."""
     noise: float = 0.1
     noise_variance: tuple[float, float] = (0.0, 0.1)
+    blur: float = 0.2
+    blur_per_modality: float = 0.5
+    """Share of the modalities that are blurred where a patch is."""
+    blur_sigma_voxels: tuple[float, float] = (0.5, 1.0)
     brightness: float = 0.15
     brightness_range: tuple[float, float] = (0.75, 1.25)
     contrast: float = 0.15
     contrast_range: tuple[float, float] = (0.75, 1.25)
+    low_resolution: float = 0.25
+    low_resolution_per_modality: float = 0.5
+    """Share of the modalities that are coarsened where a patch is."""
+    low_resolution_range: tuple[float, float] = (0.5, 1.0)
+    """Edge of the coarse grid over the edge of the patch."""
+    inverted_gamma: float = 0.1
+    """Gamma of the negative, within the same range."""
     gamma: float = 0.3
     gamma_range: tuple[float, float] = (0.7, 1.5)
+    gamma_keeps: Literal["range", "moments"] = "moments"
+    """What of the brain stays: least and greatest value, or mean and deviation (nnU-Net). Ends are
+    outliers, so with `range` a gamma of 0.7 or 1.5 moves the mean by 0.8 to 2.3 deviations
+    (measured on two BraTS 2021 cases)."""
+    drop_modality: float = 0.0
+    """Probability that one modality, never the only one, becomes background."""
+    mirror: float = 0.5
+    """Probability of mirroring, axis by axis."""
 
     def __post_init__(self) -> None:
-        for name in ("mirror", "noise", "brightness", "contrast", "gamma"):
+        angle, spacing = self.rotation_degrees, self.elastic_spacing_voxels
+        largest = self.bias_field_coefficient
+        others = ("rotation_degrees", "elastic_spacing_voxels", "bias_field_coefficient")
+        for name in (f.name for f in fields(self) if f.name not in (*others, "gamma_keeps")):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"augment.{name}", "a probability", value)
-        for name in ("noise_variance", "brightness_range", "contrast_range", "gamma_range"):
-            low, high = getattr(self, name)
-            _require(0 <= low <= high, f"augment.{name}", "0 <= low <= high", (low, high))
+            if isinstance(value, tuple):
+                holds = 0 <= value[0] <= value[1] < math.inf
+                _require(holds, f"augment.{name}", "0 <= low <= high", value)
+            else:
+                _require(0 <= value <= 1, f"augment.{name}", "a probability", value)
+        _require(self.scale_range[0] > 0, "augment.scale_range", "above 0", self.scale_range)
+        coarse = self.low_resolution_range
+        holds = coarse[0] > 0 and coarse[1] <= 1
+        _require(holds, "augment.low_resolution_range", "above 0 and at most 1", coarse)
+        _require(0 <= angle <= 180, "augment.rotation_degrees", "in 0..180", angle)
+        rule = ">= 4 and 2.5 times augment.elastic_voxels (else a patch could fold)"
+        unfolded = spacing >= max(4, 2.5 * self.elastic_voxels[1])
+        _require(unfolded, "augment.elastic_spacing_voxels", rule, spacing)
+        _require(0 <= largest < math.inf, "augment.bias_field_coefficient", ">= 0", largest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,10 +341,16 @@ class TrainConfig(Section):
     def __post_init__(self) -> None:
         stride, patch = self.network.stride, self.data.patch_size
         rule = f"multiples of {stride} (network.widths has {len(self.network.widths)} stages)"
-        _require(all(n % stride == 0 for n in patch), "data.patch_size", rule, patch)
+        edges = patch[: self.spatial_dims]
+        _require(all(n % stride == 0 for n in edges), "data.patch_size", rule, patch)
         batch, workers = self.optim.global_batch, self.cluster.workers
         rule = f"a multiple of cluster.workers ({workers})"
         _require(batch % workers == 0, "optim.global_batch", rule, batch)
+
+    @property
+    def spatial_dims(self) -> int:
+        """Axes along which the network convolves: 2 for slices, else 3."""
+        return 2 if self.data.sampling == "slices" else 3
 
 
 def to_json(config: TrainConfig) -> str:
@@ -290,7 +373,7 @@ def digest(config: TrainConfig) -> str:
     """Sha256 of what decides the weights and how they are scored; places and workers do not."""
     ignored = ("recipe", "run", "cluster", "tracking")
     kept = {k: v for k, v in asdict(config).items() if k not in ignored}
-    for name in ("cpus_per_task", "prefetch_batches"):
+    for name in ("cpus_per_task", "prefetch_batches", "cache_dir", "cache_gb"):
         del kept["data"][name]
     kept["seed"] = config.run.seed
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -24,7 +24,9 @@ def tiny() -> TrainConfig:
     return TrainConfig(
         recipe="tiny",
         data=DataConfig(patch_size=(32, 32, 32), foreground_share=0.5),
-        augment=AugmentConfig(noise=0.05),
+        augment=AugmentConfig(
+            noise=0.05, rotation=0.0, scale=0.0, blur=0.0, low_resolution=0.0, inverted_gamma=0.0
+        ),
         network=NetworkConfig(widths=(8, 16, 32, 64)),
         optim=OptimConfig(lr=1e-2, steps=200, global_batch=4),
         validation=ValidationConfig(every_steps=100, overlap=0.25),

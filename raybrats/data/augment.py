@@ -1,16 +1,21 @@
-"""Random changes of a whole batch on its device: draw the parameters, then apply them.
+"""Random changes of a batch on its device: draw the parameters, then apply them.
 
-Every sample's parameters come from its own draw, so the same draw looks the same on any rank.
+Every sample's parameters come from its own draw, and every sample is computed by itself, so the
+same draw looks the same, to the bit, on any rank and in any batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from raybrats.config import AugmentConfig
+from raybrats.data import intensity
 from raybrats.data.plan import generator
+from raybrats.data.resample import Warp, resample
 
 _PURPOSE = 1
 """Of the random numbers of a draw; placing its patch is 0."""
@@ -18,69 +23,149 @@ _PURPOSE = 1
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to one patch."""
+    """What is done to one patch, from top to bottom; each default does nothing.
 
-    mirrored: tuple[bool, bool, bool]
-    noise_deviation: float
-    brightness: float
-    contrast: float
-    gamma: float
-    noise_seed: int
+    Tuples have one value a modality (None leaves it alone), or are empty.
+    """
+
+    warp: Warp | None = None
+    bias_field: tuple[np.ndarray | None, ...] = ()
+    """Coefficients (4, 4, 4) of the polynomial."""
+    noise: tuple[tuple[float, int] | None, ...] = ()
+    """Deviation and seed."""
+    blur: tuple[tuple[float, float, float] | None, ...] = ()
+    """Sigma along each axis."""
+    brightness: tuple[float | None, ...] = ()
+    contrast: tuple[float | None, ...] = ()
+    low_resolution: tuple[float | None, ...] = ()
+    inverted_gamma: tuple[float | None, ...] = ()
+    gamma: tuple[float | None, ...] = ()
+    gamma_keeps_moments: bool = False
+    """Mean and deviation of the brain, instead of its range."""
+    dropped: int | None = None
+    """The modality that becomes background."""
+    mirrored: tuple[bool, bool, bool] = (False, False, False)
 
 
-def draw_change(config: AugmentConfig, seed: int, draw: int) -> Change:
-    """The parameters of one draw."""
+def draw_change(config: AugmentConfig, seed: int, draw: int, num_modalities: int) -> Change:
+    """The parameters of one draw.
+
+    As many random numbers are taken for what does not happen, so switching one change on or off
+    leaves the others as they are.
+    """
     rng = generator(seed, draw, _PURPOSE)
+    count = num_modalities
 
-    def sometimes(probability: float, span: tuple[float, float], else_value: float) -> float:
-        happens, value = rng.random() < probability, rng.uniform(*span)
-        return value if happens else else_value
+    def sometimes(probability: float, values: Sequence[Any], each: float = 1.0) -> tuple:
+        happens, chosen = rng.random() < probability, rng.random(count) < each
+        kept = tuple(v if c else None for v, c in zip(values, chosen, strict=True))
+        return kept if happens else ()
 
-    i, j, k = (bool(flag) for flag in rng.random(3) < config.mirror)
+    warp = _draw_warp(config, rng)
+    bias_field = sometimes(config.bias_field, _polynomials(config, rng, count))
+    deviation = float(np.sqrt(rng.uniform(*config.noise_variance)))
+    noise = [(deviation, int(s)) for s in rng.integers(2**62, size=count)]
+    sigmas = rng.uniform(*config.blur_sigma_voxels, (count, 3)).tolist()
+    zooms = rng.uniform(*config.low_resolution_range, count).tolist()
     return Change(
-        mirrored=(i, j, k),
-        noise_deviation=float(np.sqrt(sometimes(config.noise, config.noise_variance, 0.0))),
-        brightness=sometimes(config.brightness, config.brightness_range, 1.0),
-        contrast=sometimes(config.contrast, config.contrast_range, 1.0),
-        gamma=sometimes(config.gamma, config.gamma_range, 1.0),
-        noise_seed=int(rng.integers(2**62)),
+        warp=warp,
+        bias_field=bias_field,
+        noise=sometimes(config.noise, noise),
+        blur=sometimes(config.blur, sigmas, config.blur_per_modality),
+        brightness=sometimes(config.brightness, _factors(config.brightness_range, rng, count)),
+        contrast=sometimes(config.contrast, _factors(config.contrast_range, rng, count)),
+        low_resolution=sometimes(config.low_resolution, zooms, config.low_resolution_per_modality),
+        inverted_gamma=sometimes(config.inverted_gamma, _factors(config.gamma_range, rng, count)),
+        gamma=sometimes(config.gamma, _factors(config.gamma_range, rng, count)),
+        gamma_keeps_moments=config.gamma_keeps == "moments",
+        dropped=_draw_dropped(config, rng, count),
+        mirrored=tuple((rng.random(3) < config.mirror).tolist()),
     )
 
 
-def apply_change(
-    change: Change, image: Tensor, labels: Tensor, brain: Tensor
+def apply_changes(
+    changes: Sequence[Change], image: Tensor, labels: Tensor, brain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Image (modality, i, j, k) and labels (i, j, k) changed; outside the brain stays 0."""
-    if change.noise_deviation > 0:
-        source = torch.Generator(image.device).manual_seed(change.noise_seed)
-        noise = torch.randn(image.shape, generator=source, device=image.device)
-        image = image + change.noise_deviation * noise
-    image = image * change.brightness
-    if change.contrast != 1 or change.gamma != 1:
-        image = _contrast_gamma(image, brain, change)
-    image = torch.where(brain, image, image.new_zeros(()))
-    axes = [axis - 3 for axis in range(3) if change.mirrored[axis]]
-    return (image.flip(axes), labels.flip(axes)) if axes else (image, labels)
+    """Image (batch, modality, i, j, k) and labels (batch, i, j, k) changed; both contiguous.
+
+    One copy is made of each, whatever the strides of the input, and changed in place.
+    """
+    image = image.clone(memory_format=torch.contiguous_format)
+    labels = labels.clone(memory_format=torch.contiguous_format)
+    for change, *sample in zip(changes, image, labels, brain, strict=True):
+        _change(change, *sample)
+    return image, labels
 
 
 def augment(
     config: AugmentConfig, seed: int, draws: Tensor, batch: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The (image, labels, brain) of a batch changed sample by sample, each by its own draw."""
-    changed = [
-        apply_change(draw_change(config, seed, int(draw)), *sample)
-        for draw, *sample in zip(draws.tolist(), *batch, strict=True)
-    ]
-    images, labels = zip(*changed, strict=True)
-    return torch.stack(images), torch.stack(labels)
+    num_modalities = batch[0].shape[1]
+    changes = [draw_change(config, seed, draw, num_modalities) for draw in draws.tolist()]
+    return apply_changes(changes, *batch)
 
 
-def _contrast_gamma(image: Tensor, brain: Tensor, change: Change) -> Tensor:
-    """Per modality: contrast about the brain's mean, then gamma within the brain's range."""
-    count = brain.sum().clamp(min=1)
-    mean = (image * brain).sum(dim=(1, 2, 3), keepdim=True) / count
-    image = (image - mean) * change.contrast + mean
-    low = image.where(brain, torch.inf).amin(dim=(1, 2, 3), keepdim=True)
-    span = image.where(brain, -torch.inf).amax(dim=(1, 2, 3), keepdim=True) - low
-    unit = ((image - low) / span.clamp(min=1e-7)).clamp(0, 1)
-    return unit**change.gamma * span + low
+def _change(change: Change, image: Tensor, labels: Tensor, brain: Tensor) -> None:
+    """Changes one sample in place, in nnU-Net's order; outside the brain is background, 0."""
+    if change.warp is not None:
+        brain = resample(change.warp, image, labels, brain)
+    bend = intensity.bend_keeping_moments if change.gamma_keeps_moments else intensity.bend
+    steps: tuple[tuple[tuple, intensity.Step], ...] = (
+        (change.bias_field, intensity.shade),
+        (change.noise, intensity.add_noise),
+        (change.blur, intensity.blur),
+        (change.brightness, intensity.brighten),
+        (change.contrast, intensity.stretch),
+        (change.low_resolution, intensity.coarsen),
+        (change.inverted_gamma, intensity.on_negative(bend)),
+        (change.gamma, bend),
+    )
+    for values, step in steps:
+        for modality, value in enumerate(values):
+            if value is not None:
+                step(image[modality], brain[0], value)
+    if change.dropped is not None:
+        image[change.dropped].zero_()
+    image.masked_fill_(~brain, 0)
+    axes = [axis - 3 for axis in range(3) if change.mirrored[axis] and labels.shape[axis] > 1]
+    if axes:
+        image.copy_(image.flip(axes))
+        labels.copy_(labels.flip(axes))
+
+
+def _draw_warp(config: AugmentConfig, rng: np.random.Generator) -> Warp | None:
+    turned, scaled, bent = rng.random(3) < (config.rotation, config.scale, config.elastic)
+    angles = tuple(rng.uniform(-config.rotation_degrees, config.rotation_degrees, 3).tolist())
+    scale, largest = rng.uniform(*config.scale_range), rng.uniform(*config.elastic_voxels)
+    warp = Warp(
+        angles_degrees=angles if turned else (0.0, 0.0, 0.0),
+        scale=scale if scaled else 1.0,
+        elastic_voxels=largest if bent else 0.0,
+        spacing_voxels=config.elastic_spacing_voxels,
+        seed=int(rng.integers(2**62)),
+    )
+    return warp if turned or scaled or bent else None
+
+
+def _draw_dropped(config: AugmentConfig, rng: np.random.Generator, count: int) -> int | None:
+    """One modality, never the only one."""
+    happens, modality = rng.random() < config.drop_modality, int(rng.integers(count))
+    return modality if happens and count > 1 else None
+
+
+def _factors(span: tuple[float, float], rng: np.random.Generator, count: int) -> list[float]:
+    """Factors in a span: half of them below 1 where it reaches both sides (nnU-Net)."""
+    low, high = span
+    middle = min(max(low, 1.0), high)
+    share_below = 0.5 if low < 1 < high else float(high <= 1)
+    below, above = rng.uniform(low, middle, count), rng.uniform(middle, high, count)
+    return np.where(rng.random(count) < share_below, below, above).tolist()
+
+
+def _polynomials(config: AugmentConfig, rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """Coefficients [a, b, c] of i^a j^b k^c for each modality, 0 above the total degree."""
+    size = intensity.BIAS_ORDER + 1
+    largest = config.bias_field_coefficient
+    cubes = rng.uniform(-largest, largest, (count, size, size, size))
+    return list(cubes * (np.indices((size,) * 3).sum(axis=0) < size))

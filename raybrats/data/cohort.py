@@ -4,79 +4,30 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raybrats.brats import MODALITIES
-from raybrats.config import NUM_FOLDS
+from raybrats.config import NUM_FOLDS, DataConfig
 from raybrats.data import layout, storage
-from raybrats.data.prepare import Normalisation, Prepared, labels_from, prepare
-from raybrats.data.volume import (
-    Grid,
-    Volume,
-    canonical_spacing,
-    decode,
-    on_one_grid,
-)
+from raybrats.data.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, open_case
+from raybrats.data.prepare import Prepared, prepare
+from raybrats.data.volume import canonical_spacing
 from raybrats.errors import ChangedObjectError, DataError, MissingObjectError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_NO_NAME = re.compile(r"[/\\\x00-\x1f]|^\.")
+"""In a case id, which names the files of its predictions."""
 _HANDED_OUT = re.compile(r"imagests/|validation", re.IGNORECASE)
-OK, UNLABELLED, BAD = "ok", "unlabelled", "bad"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of a cohort file."""
-
-    case_id: str
-    subject: str
-    edition: str
-    layout: str
-    image_uris: tuple[str, ...]
-    """One a modality in the order of `brats.MODALITIES`, or a single 4-D file."""
-    label_uri: str | None
-    label_values: tuple[int, ...]
-    """Values of NCR, ED and ET in the label file."""
-    sizes: tuple[int, ...] = ()
-    """Bytes of the image files, then of the label file."""
-    digests: tuple[str, ...] = ()
-    """Sha256 of the same."""
-    shape: tuple[int, ...] = ()
-    """Canonical (i, j, k)."""
-    spacing_mm: tuple[float, ...] = ()
-    label_counts: tuple[int, ...] = ()
-    """Voxels of NCR, ED and ET."""
-    box: tuple[int, ...] = ()
-    """Foreground box: first and one-past-last voxel of i, j and k."""
-    mean: tuple[float, ...] = ()
-    """Of each modality inside the brain, as stored on disk."""
-    deviation: tuple[float, ...] = ()
-    fold: int = -1
-    status: str = OK
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A case in memory."""
-
-    volumes: tuple[np.ndarray, ...]
-    """Canonical voxels (i, j, k) of each modality."""
-    labels: np.ndarray | None
-    grid: Grid
-    """Of the first image file."""
-    sizes: tuple[int, ...]
-    digests: tuple[str, ...]
 
 
 def find_cases(uri: str) -> list[Case]:
     """The cases below a URI by their names, not opened yet, with their folds."""
-    cases = [_named(files) for files in layout.find_files(uri)]
+    cases = [named(files) for files in layout.find_files(uri)]
     return with_folds(cases)
 
 
@@ -91,42 +42,11 @@ def with_folds(cases: Sequence[Case]) -> list[Case]:
     return [replace(case, fold=fold[case.subject]) for case in cases]
 
 
-def open_case(case: Case, *, need_labels: bool = False) -> Opened:
-    """Reads and decodes all files of a case, and checks that they belong together.
-
-    Raises:
-        DataError: a file is damaged, or files of the case differ in grid.
-        StorageError: a file is out of reach, or not the bytes that were indexed.
-    """
-    if need_labels and case.label_uri is None:
-        raise DataError(f"{case.case_id}: no label file")
-    uris = (*case.image_uris, *([case.label_uri] if case.label_uri else []))
-    expected = case.sizes or (None,) * len(uris), case.digests or (None,) * len(uris)
-    files = [
-        storage.read_bytes(uri, size=size, digest=digest)
-        for uri, size, digest in zip(uris, *expected, strict=True)
-    ]
-    volumes = [decode(data, storage.name(uri)) for data, uri in zip(files, uris, strict=True)]
-    volumes = on_one_grid(case.case_id, [storage.name(uri) for uri in uris], volumes)
-    images = volumes[: len(case.image_uris)]
-    labels = None
-    if case.label_uri is not None:
-        values = case.label_values
-        labels = labels_from(volumes[-1], (values[0], values[1], values[2]), case.case_id)
-    return Opened(
-        volumes=_modalities(case, images),
-        labels=labels,
-        grid=images[0].grid,
-        sizes=tuple(map(len, files)),
-        digests=tuple(map(storage.sha256, files)),
-    )
-
-
-def prepare_case(case: Case, modalities: Sequence[str], normalisation: Normalisation) -> Prepared:
-    """A case read, decoded, cropped and quantised, with the modalities in the order asked for."""
+def prepare_case(case: Case, data: DataConfig) -> Prepared:
+    """A case read, decoded, cropped and quantised, with the modalities that are asked for."""
     opened = open_case(case)
-    chosen = [opened.volumes[MODALITIES.index(m)] for m in modalities]
-    return prepare(chosen, opened.labels, normalisation)
+    chosen = [opened.volumes[MODALITIES.index(m)] for m in data.modalities]
+    return prepare(chosen, opened.labels, data.normalisation, data.percentiles)
 
 
 def verify_case(case: Case) -> Case:
@@ -140,13 +60,17 @@ def verify_case(case: Case) -> Case:
     try:
         opened = open_case(case)
         prepared = prepare(opened.volumes, opened.labels)
+        inside = (prepared.image != prepared.background[:, None, None, None]).any(axis=0)
+        if not inside.any():
+            raise DataError(f"{case.case_id}: every voxel is background; is the volume empty?")
     except (DataError, MissingObjectError, ChangedObjectError) as error:
         return replace(case, status=BAD, reason=str(error))
     counts: tuple[int, ...] = ()
     if opened.labels is not None:
         counts = tuple(np.bincount(opened.labels.ravel(order="K"), minlength=4)[1:].tolist())
-    inside = (prepared.image != prepared.background[:, None, None, None]).any(axis=0)
     brains = [volume[prepared.box][inside] for volume in opened.volumes]
+    reason = _lacks(case, brains)
+    sound = UNLABELLED if case.label_uri is None else OK
     return replace(
         case,
         sizes=opened.sizes,
@@ -157,8 +81,18 @@ def verify_case(case: Case) -> Case:
         box=tuple(edge for span in prepared.box for edge in (span.start, span.stop)),
         mean=tuple(float(brain.mean(dtype=np.float64)) for brain in brains),
         deviation=tuple(float(brain.std(dtype=np.float64)) for brain in brains),
-        status=UNLABELLED if opened.labels is None else OK,
+        status=INCOMPLETE if reason else sound,
+        reason=reason,
     )
+
+
+def _lacks(case: Case, brains: Sequence[np.ndarray]) -> str:
+    """Which modalities of a sound case carry nothing: without a file, or one value everywhere."""
+    flat = [m for m, brain in zip(MODALITIES, brains, strict=False) if brain.min() == brain.max()]
+    constant = [modality for modality in flat if modality not in case.missing]
+    found = [f"no {', '.join(case.missing)} file"] if case.missing else []
+    found += [f"{', '.join(constant)} constant inside the brain"] if constant else []
+    return "; ".join(found)
 
 
 def write_cohort(cases: Iterable[Case], uri: str) -> None:
@@ -175,7 +109,7 @@ def read_cohort(uri: str) -> list[Case]:
     """The rows of a Parquet file.
 
     Raises:
-        DataError: not a cohort file.
+        DataError: not a cohort file, or rows that contradict each other (edited by hand, joined).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -187,7 +121,29 @@ def read_cohort(uri: str) -> list[Case]:
         raise DataError(
             f"{uri}: not a cohort file ({error}); make one by `raybrats index`"
         ) from None
-    return [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in rows]
+    cases = [
+        Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in rows
+    ]
+    _check_rows(cases, uri)
+    return cases
+
+
+def _check_rows(cases: Sequence[Case], uri: str) -> None:
+    """Refuses what indexing never writes and training or predicting would not notice."""
+    ids: set[str] = set()
+    folds: dict[str, int] = {}
+    for case in cases:
+        if not case.case_id or _NO_NAME.search(case.case_id):
+            problem = f"case id {case.case_id!r} is no file name"
+        elif case.case_id in ids:
+            problem = f"case {case.case_id} has two rows"
+        elif folds.setdefault(case.subject, case.fold) != case.fold:
+            both = f"{folds[case.subject]} and {case.fold}"
+            problem = f"subject {case.subject} is in folds {both}, so one side would know the other"
+        else:
+            ids.add(case.case_id)
+            continue
+        raise DataError(f"{uri}: {problem}; repair the rows, or make it anew by `raybrats index`")
 
 
 def summary(cases: Sequence[Case]) -> dict[str, Any]:
@@ -205,25 +161,45 @@ def summary(cases: Sequence[Case]) -> dict[str, Any]:
     }
 
 
-def quarantined(cases: Sequence[Case]) -> list[Case]:
+def quarantined(cases: Sequence[Case], *, allow_incomplete: bool = False) -> list[Case]:
     """Cases that training cannot use; unlabelled ones only where labels are to be expected.
 
     That is beside labelled ones, but not in the folders in which the editions hand out their
     validation and test cases (imagesTs, ...ValidationData).
     """
-    labelled = any(case.status == OK for case in cases)
-    missing = [
-        replace(c, reason="no label file")
-        for c in cases
-        if c.status == UNLABELLED and labelled and not any(map(_HANDED_OUT.search, c.image_uris))
+    labelled = bool(trainable(cases, allow_incomplete=True))
+    bad = [c for c in cases if c.status == BAD]
+    if not allow_incomplete:
+        hint = "; augment.drop_modality takes such cases"
+        bad += [replace(c, reason=c.reason + hint) for c in cases if c.status == INCOMPLETE]
+    told = {case.case_id for case in bad}
+    unlabelled = [
+        replace(case, reason="no label file")
+        for case in cases
+        if case.status in (UNLABELLED, INCOMPLETE)
+        and case.label_uri is None
+        and case.case_id not in told
+        and not any(map(_HANDED_OUT.search, case.image_uris))
     ]
-    return [c for c in cases if c.status == BAD] + missing
+    return bad + (unlabelled if labelled else [])
 
 
-def _named(files: layout.Files) -> Case:
+def trainable(cases: Sequence[Case], *, allow_incomplete: bool = False) -> list[Case]:
+    """Cases with labels in which nothing is wrong."""
+
+    def fits(case: Case) -> bool:
+        return case.status == OK or (
+            allow_incomplete and case.status == INCOMPLETE and case.label_uri is not None
+        )
+
+    return [case for case in cases if fits(case)]
+
+
+def named(files: layout.Files) -> Case:
+    """A case by its names: not opened, without a fold."""
     parts = files.case_id.split("-")
     repeated = len(parts) == 4 and parts[0].lower() == "brats" and parts[-1].isdigit()
-    return Case(
+    case = Case(
         case_id=files.case_id,
         subject="-".join(parts[:-1]) if repeated else files.case_id,
         edition=files.edition,
@@ -231,20 +207,10 @@ def _named(files: layout.Files) -> Case:
         image_uris=files.image_uris,
         label_uri=files.label_uri,
         label_values=files.label_values,
-        status=BAD if files.problem else OK,
-        reason=files.problem,
     )
-
-
-def _modalities(case: Case, images: Sequence[Volume]) -> tuple[np.ndarray, ...]:
-    """One canonical array a modality, scaled where the file says so."""
-    plain = [v.voxels if (v.slope, v.intercept) == (1.0, 0.0) else v.values for v in images]
-    if len(plain) == 1 and plain[0].ndim == 4:
-        plain = [plain[0][..., m] for m in range(plain[0].shape[3])]
-    if len(plain) != len(MODALITIES) or any(v.ndim != 3 for v in plain):
-        shapes = [v.voxels.shape for v in images]
-        raise DataError(f"{case.case_id}: {shapes} is not four modalities of 3-D volumes")
-    return tuple(plain)
+    if files.problem:
+        return replace(case, status=BAD, reason=files.problem)
+    return replace(case, status=INCOMPLETE, reason=_lacks(case, ())) if case.missing else case
 
 
 def _schema() -> "pa.Schema":

@@ -2,26 +2,26 @@
 
 Nothing is opened but dataset.json. Known: one folder a case (Kaggle's BraTS2020 with its case 355,
 BraTS 2021, BraTS 2023 and later), the Medical Segmentation Decathlon's Task01 (4-D files) and
-nnU-Net raw (dataset.json names channels and labels). A tree may hold several.
+nnU-Net raw (dataset.json names channels and labels). A tree may hold several. Files are .nii, .hdr
+with its .img, or either zipped.
+
+Nothing outside the tree becomes part of a case: paths that a dataset.json declares are not read,
+and a link out of the tree is a problem of its case.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from raybrats.brats import EDITIONS, MODALITIES, Modality
-from raybrats.data import storage
+from raybrats.brats import EDITIONS, MODALITIES
+from raybrats.data import dataset_json, storage
+from raybrats.data.dataset_json import MODALITY_NAMES
 from raybrats.errors import DataError
 
-_MODALITY_NAMES: Mapping[str, Modality] = {
-    **dict.fromkeys(("flair", "t2f"), "flair"),
-    **dict.fromkeys(("t1", "t1n", "t1w"), "t1"),
-    **dict.fromkeys(("t1ce", "t1c", "t1gd"), "t1ce"),
-    **dict.fromkeys(("t2", "t2w"), "t2"),
-}
-_VOLUME = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-_PART = re.compile(rf"^(.+)([_-])({'|'.join(_MODALITY_NAMES)}|seg)$", re.IGNORECASE)
+_VOLUME = re.compile(r"\.(nii|hdr)(\.gz)?$", re.IGNORECASE)
+_PART = re.compile(rf"^(.+)([_-])({'|'.join(MODALITY_NAMES)}|seg)$", re.IGNORECASE)
+_HEADER = re.compile(r"hdr(\.gz)?$", re.IGNORECASE)
 _CHANNEL = re.compile(r"_\d{4}$")
 _CASE_355_LABELS = re.compile(r"segm?$", re.IGNORECASE)
 """BraTS20_Training_355's label file is named W39_1998.09.19_Segm.nii."""
@@ -35,12 +35,12 @@ class Files:
     edition: str
     layout: str
     image_uris: tuple[str, ...]
-    """One a modality in the order of `MODALITIES`, or a single 4-D file."""
+    """One a modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
     label_uri: str | None
     label_values: tuple[int, int, int]
     """Values of NCR, ED and ET in the label file."""
     problem: str = ""
-    """What the names alone show to be wrong."""
+    """What the names alone show to be wrong, but for missing modalities."""
 
 
 def find_files(uri: str) -> list[Files]:
@@ -57,6 +57,8 @@ def find_files(uri: str) -> list[Files]:
     found: list[Files] = []
     for name in objects:
         if storage.name(name) == "dataset.json":
+            if _links_out(name, uri):
+                raise DataError(f"{name}: a link out of the tree is not followed; copy the file")
             root = name.rpartition("/")[0]
             inside = [other for other in objects if other.startswith(root + "/")]
             found += _dataset_cases(name, inside)
@@ -65,12 +67,22 @@ def find_files(uri: str) -> list[Files]:
     found += _folder_cases(volumes)
     if not found:
         raise DataError(f"{uri}: no BraTS case found in {len(objects)} files; see README, layouts")
-    return sorted(_without_twins(found), key=lambda files: files.case_id)
+    found = [_within(files, uri) for files in _without_twins(found)]
+    return sorted(found, key=lambda files: files.case_id)
 
 
 def stem(uri: str) -> str:
-    """File name without .nii or .nii.gz."""
+    """File name without .nii, .hdr or either with .gz."""
     return _VOLUME.sub("", storage.name(uri))
+
+
+def image_uri(uri: str) -> str | None:
+    """Where the voxels of a .hdr file lie; None for a file that holds its own."""
+    match = _HEADER.search(uri)
+    if match is None:
+        return None
+    start = match.start()
+    return uri[:start] + ("IMG" if uri[start:].startswith("HDR") else "img") + uri[start + 3 :]
 
 
 def is_volume(uri: str) -> bool:
@@ -100,6 +112,24 @@ def _hidden(name: str, root: str) -> bool:
     return any(part.startswith(".") for part in below.split("/"))
 
 
+def _links_out(name: str, root: str) -> bool:
+    """Whether the object is a link to what lies outside the tree; object storage has no links."""
+    path = Path(name)
+    linked = not storage.is_remote(name) and path.is_symlink()
+    return linked and not path.resolve().is_relative_to(root)
+
+
+def _within(files: Files, root: str) -> Files:
+    """The case, with a problem if one of its files lies outside the tree."""
+    named = [uri for uri in (*files.image_uris, files.label_uri) if uri]
+    images = [image for uri in named if (image := image_uri(uri))]
+    out = [storage.name(uri) for uri in named + images if _links_out(uri, root)]
+    if not out or files.problem:
+        return files
+    problem = f"{out[0]} links out of {root}; copy it there, or index the tree that holds it"
+    return replace(files, problem=problem)
+
+
 def _folder_cases(volumes: list[str]) -> Iterator[Files]:
     groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     strays: dict[str, list[str]] = {}
@@ -108,7 +138,7 @@ def _folder_cases(volumes: list[str]) -> Iterator[Files]:
         if match:
             part = match[3].lower()
             parts = groups.setdefault((folder, match[1]), {})
-            parts.setdefault(_MODALITY_NAMES.get(part, part), []).append(uri)
+            parts.setdefault(MODALITY_NAMES.get(part, part), []).append(uri)
         elif _CASE_355_LABELS.search(stem(uri)):
             strays.setdefault(folder, []).append(uri)
     for (folder, case_id), parts in groups.items():
@@ -123,19 +153,22 @@ def _folder_cases(volumes: list[str]) -> Iterator[Files]:
 def _folder_case(case_id: str, parts: dict[str, list[str]]) -> Files:
     first = next(iter(parts.values()))[0]
     edition = EDITIONS[_edition_of(case_id, stem(first))]
-    images = tuple(parts[m][0] for m in MODALITIES if m in parts)
+    images = _in_order(parts)
     labels = parts.get("seg", [None])[0]
     values = edition.label_values
     return Files(case_id, edition.name, "brats", images, labels, values, _problem(parts))
 
 
+def _in_order(parts: Mapping[str, list[str]]) -> tuple[str, ...]:
+    return tuple(parts.get(modality, [""])[0] for modality in MODALITIES)
+
+
 def _problem(parts: Mapping[str, list[str]]) -> str:
-    """What is twice or missing among the files of a case, which go by modality or `seg`."""
+    """What is there twice among the files of a case, which go by modality or `seg`."""
     for part, uris in parts.items():
         if len(uris) > 1:
-            return f"two files for {part}: {', '.join(map(storage.name, uris))}"
-    missing = [m for m in MODALITIES if m not in parts]
-    return f"no {', '.join(missing)} file" if missing else ""
+            return f"two files for {part}: {', '.join(map(storage.name, uris))}; remove one"
+    return ""
 
 
 def _edition_of(case_id: str, file_stem: str) -> str:
@@ -146,15 +179,8 @@ def _edition_of(case_id: str, file_stem: str) -> str:
 
 def _dataset_cases(uri: str, inside: list[str]) -> Iterator[Files]:
     """Cases of a folder with dataset.json: nnU-Net raw if channels are numbered, else MSD."""
-    dataset = _read_json(uri)
+    order, values = dataset_json.read(uri)
     root = uri.rpartition("/")[0]
-    channels = dataset.get("channel_names") or dataset.get("modality")
-    if not isinstance(channels, dict) or not isinstance(dataset.get("labels"), dict):
-        raise DataError(f"{uri}: neither a Decathlon nor an nnU-Net dataset.json")
-    try:
-        order, values = _channel_order(uri, channels), _label_values(uri, dataset["labels"])
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{uri}: channels and labels are not numbered ({error})") from None
     labels: dict[str, list[str]] = {}
     for name in inside:
         if name.startswith(f"{root}/labels") and _VOLUME.search(name):
@@ -162,13 +188,13 @@ def _dataset_cases(uri: str, inside: list[str]) -> Iterator[Files]:
     images = [n for n in inside if n.startswith(f"{root}/images") and _VOLUME.search(n)]
     numbered = [name for name in images if _CHANNEL.search(stem(name))]
     if not numbered and order != tuple(range(len(MODALITIES))):
-        raise DataError(f"{uri}: channels {channels}; expected FLAIR, T1w, T1gd, T2w")
+        raise DataError(f"{uri}: channels {order} of {MODALITIES}; expected FLAIR, T1w, T1gd, T2w")
     cases = _nnunet_cases(numbered, order) if numbered else _decathlon_cases(images)
     kind = "nnunet" if numbered else "msd"
     for case_id, uris, problem in cases:
         masks = labels.get(case_id, [])
         if len(masks) > 1:
-            problem = f"two files for seg: {', '.join(map(storage.name, masks))}"
+            problem = _problem({"seg": masks})
         yield Files(case_id, kind, kind, uris, masks[0] if masks else None, values, problem)
 
 
@@ -190,58 +216,7 @@ def _nnunet_cases(
             parts = groups.setdefault(case_id, {})
             parts.setdefault(modality[int(channel)], []).append(name)
     for case_id, parts in groups.items():
-        yield case_id, tuple(parts[m][0] for m in MODALITIES if m in parts), _problem(parts)
-
-
-def _read_json(uri: str) -> dict:
-    try:
-        loaded = json.loads(storage.read_bytes(uri))
-    except ValueError as error:
-        raise DataError(f"{uri}: not JSON ({error})") from None
-    if not isinstance(loaded, dict):
-        raise DataError(f"{uri}: not a JSON object")
-    return loaded
-
-
-def _channel_order(uri: str, channels: dict[str, str]) -> tuple[int, ...]:
-    """Channel number of each modality, in the order of `MODALITIES`."""
-    named = {
-        _MODALITY_NAMES.get(re.sub(r"^(t2-?|mri?_)(?=flair)", "", str(name).lower())): int(number)
-        for number, name in channels.items()
-    }
-    if not set(MODALITIES) <= set(named):
-        raise DataError(f"{uri}: channels {channels} do not name flair, t1, t1ce and t2")
-    return tuple(named[m] for m in MODALITIES)
-
-
-def _label_values(uri: str, labels: dict) -> tuple[int, int, int]:
-    """Values of NCR, ED and ET from {"0": "background", ...}, {"edema": 1, ...} or regions."""
-    pairs = [(v, k) if str(k).isdigit() else (k, v) for k, v in labels.items()]
-    values: dict[str, int] = {}
-    for name, value in pairs:
-        word = str(name).lower()
-        if isinstance(value, list | tuple):
-            continue
-        for key, pattern in (
-            ("NCR", "necro|non-?_? ?enh|ncr|net"),
-            ("ED", "edema|^ed$"),
-            ("ET", "enh|et"),
-        ):
-            if re.search(pattern, word):
-                values[key] = int(value)
-                break
-    regions = sorted((set(v) for _, v in pairs if isinstance(v, list | tuple)), key=len)
-    regions += [
-        {int(v)} for n, v in pairs if not isinstance(v, list | tuple) and "back" not in n.lower()
-    ]
-    regions.sort(key=len)
-    if len(values) != 3 and [len(r) for r in regions] == [1, 2, 3]:
-        et, tc, wt = regions
-        if et < tc < wt:
-            values = {"NCR": (tc - et).pop(), "ED": (wt - tc).pop(), "ET": et.pop()}
-    if len(set(values.values())) != 3:
-        raise DataError(f"{uri}: labels {labels} do not name necrosis, oedema and enhancing tumour")
-    return values["NCR"], values["ED"], values["ET"]
+        yield case_id, _in_order(parts), _problem(parts)
 
 
 def _without_twins(found: list[Files]) -> list[Files]:
@@ -250,8 +225,8 @@ def _without_twins(found: list[Files]) -> list[Files]:
     for files in found:
         first = unique.get(files.case_id)
         if first is not None:
-            places = [f.image_uris[0].rpartition("/")[0] for f in (first, files) if f.image_uris]
-            problem = f"case id found twice: {' and '.join(places)}"
-            files = Files(**{**vars(files), "problem": problem})
+            places = [max(f.image_uris).rpartition("/")[0] for f in (first, files)]
+            problem = f"case id found twice: {' and '.join(places)}; rename or remove one"
+            files = replace(files, problem=problem)
         unique[files.case_id] = files
     return list(unique.values())

@@ -1,56 +1,152 @@
-"""One draw -> one patch of a prepared case."""
+"""One draw -> one patch of a prepared case: placed at random, on a grid, a slice, or the whole."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
-from raybrats.brats import ED, ET, NCR
+from raybrats.config import DataConfig
+from raybrats.data.plan import generator
 from raybrats.data.prepare import Prepared
 
 Corner = tuple[int, int, int]
+Size = tuple[int, int, int]
+
+_PLACE = 0
+"""Purpose of the random numbers of a draw; changing its patch is another."""
 
 
 @dataclass(frozen=True)
 class PatchRule:
-    """How patches are placed."""
+    """How the patches of a run are placed."""
 
-    size: tuple[int, int, int]
-    """(i, j, k) in voxels."""
-    foreground_share: float
-    """Share of the draws that are centred on a tumour voxel."""
+    data: DataConfig
+    size: Size
+    """(i, j, k) of every patch: `DataConfig.patch_size`, or that of `volume_size`."""
+    seed: int
 
 
-def choose_corner(labels: np.ndarray, rule: PatchRule, rng: np.random.Generator) -> Corner:
+def volume_size(boxes: Iterable[tuple[int, ...]], stride: int) -> Size:
+    """Least multiple of the network's stride that every case's foreground box fits in.
+
+    Args:
+        boxes: first and one-past-last voxel of i, j and k, as `Case.box` has them.
+        stride: factor between the finest and the coarsest grid of the network.
+    """
+    edges = np.array([np.reshape(box, (3, 2)) @ (-1, 1) for box in boxes]).max(axis=0)
+    i, j, k = (int(-(-edge // stride) * stride) for edge in edges)
+    return i, j, k
+
+
+def draw_patch(
+    prepared: Prepared, rule: PatchRule, *, draw: int, case: int, turn: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The patch of a draw: image int16 (modality, i, j, k) and labels uint8 (i, j, k).
+
+    The draw and the index of its case in the plan seed it; the turn, which counts the draws of the
+    case before this one, walks along grids and slices.
+    """
+    sampling, shape = rule.data.sampling, prepared.image.shape[1:]
+    if sampling == "slices":
+        first = min(rule.data.first_slice, prepared.shape[2] - 1)
+        count = min(rule.data.num_slices, prepared.shape[2] - first)
+        return cut_slice(prepared, first + _nth(turn, count, (rule.seed, case)), rule.size)
+    if sampling == "volume":
+        corner = _corner(np.subtract(shape, rule.size) // 2)
+    elif sampling == "grid":
+        corners = covering_grid(shape, rule.size, rule.data.grid_overlap)
+        corner = corners[_nth(turn, len(corners), (rule.seed, case))]
+    else:
+        corner = choose_corner(prepared, rule, generator(rule.seed, draw, _PLACE))
+    return cut(prepared, corner, rule.size)
+
+
+def choose_corner(prepared: Prepared, rule: PatchRule, rng: np.random.Generator) -> Corner:
     """First voxel of a random patch; negative along axes where the case is smaller than it.
 
     A share of the draws is centred on tumour: a class drawn uniformly among those present, then
     one of its voxels uniformly (nnU-Net), moved as far as needed to stay within the case.
     """
-    room = np.subtract(labels.shape, rule.size)
+    shape = prepared.image.shape[1:]
+    room = np.subtract(shape, rule.size)
     low, high = np.minimum(0, room // 2), np.maximum(room, room // 2)
     corner = rng.integers(low, high + 1)
-    if rng.random() < rule.foreground_share:
-        present = np.flatnonzero(np.bincount(labels.ravel(), minlength=4)[[NCR, ED, ET]])
-        if len(present):
-            voxels = np.flatnonzero(labels.ravel() == (NCR, ED, ET)[rng.choice(present)])
-            centre = np.unravel_index(rng.choice(voxels), labels.shape)
-            corner = np.clip(np.subtract(centre, np.floor_divide(rule.size, 2)), low, high)
-    return tuple(int(c) for c in corner)
+    ends = np.cumsum(prepared.counts[1:])
+    present = np.flatnonzero(prepared.counts[1:])
+    if rng.random() < rule.data.foreground_share and len(present):
+        label = rng.choice(present)
+        place = prepared.tumour[rng.integers(ends[label] - prepared.counts[1 + label], ends[label])]
+        centre = np.unravel_index(place, shape[::-1])[::-1]
+        corner = np.clip(np.subtract(centre, np.floor_divide(rule.size, 2)), low, high)
+    return _corner(corner)
 
 
-def cut(
-    prepared: Prepared, corner: Corner, size: tuple[int, int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Image (modality, i, j, k) and labels (i, j, k) of a patch; background beyond the case."""
-    image = np.empty((len(prepared.image), *size), np.int16)
-    image[:] = prepared.background[:, None, None, None]
-    labels = np.zeros(size, np.uint8)
+def covering_grid(shape: tuple[int, ...], size: Size, overlap: float) -> list[Corner]:
+    """First voxels of the patches that cover a case, overlapping by this fraction or more."""
+    axes = []
+    for length, edge in zip(shape, size, strict=True):
+        room = length - edge
+        step = max(1, int(edge * (1 - overlap)))
+        count = -(-room // step) + 1 if room > 0 else 1
+        axes.append(np.linspace(min(0, room // 2), max(room, room // 2), count).astype(int))
+    return [_corner(corner) for corner in np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 3)]
+
+
+def cut(prepared: Prepared, corner: Corner, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Image (modality, i, j, k) and labels (i, j, k) of a patch; background beyond the case.
+
+    Both are views of memory in which i lies closest, like those of the case.
+    """
     shape = prepared.image.shape[1:]
     source = tuple(
         slice(max(c, 0), min(c + s, n)) for c, s, n in zip(corner, size, shape, strict=True)
     )
     target = tuple(slice(p.start - c, p.stop - c) for p, c in zip(source, corner, strict=True))
+    image = np.empty((len(prepared.image), *size[::-1]), np.int16).transpose(0, 3, 2, 1)
+    labels = np.empty(size[::-1], np.uint8).T
+    if any(span.stop - span.start < edge for span, edge in zip(source, size, strict=True)):
+        image[:] = prepared.background[:, None, None, None]
+        labels[:] = 0
     image[:, *target] = prepared.image[:, *source]
-    if prepared.labels is not None:
-        labels[target] = prepared.labels[source]
+    labels[target] = 0 if prepared.labels is None else prepared.labels[source]
     return image, labels
+
+
+def cut_slice(prepared: Prepared, k: int, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Slice k of the whole canonical volume, resized to (i, j, 1).
+
+    Voxels are interpolated linearly among those of the brain, the brain and the labels taken from
+    the nearest, so that its edge does not fade into the background.
+    """
+    frame = (*prepared.shape[:2], 1)
+    corner = (-prepared.box[0].start, -prepared.box[1].start, k - prepared.box[2].start)
+    if not 0 <= corner[2] < prepared.image.shape[3]:  # above or below the head
+        image = np.zeros((len(prepared.image), *size), np.int16)
+        image[:] = prepared.background[:, None, None, None]
+        return image, np.zeros(size, np.uint8)
+    image, labels = cut(prepared, corner, frame)
+    factors = (size[0] / frame[0], size[1] / frame[1])
+
+    def resized(plane: np.ndarray, order: int) -> np.ndarray:
+        return ndimage.zoom(plane, factors, order=order, mode="nearest", grid_mode=True)
+
+    planes, outside = image[..., 0], prepared.background[:, None, None]
+    brain = (planes != outside).any(axis=0)
+    weight = resized(brain.astype(np.float32), 1)
+    sums = np.stack([resized(plane.astype(np.float32) * brain, 1) for plane in planes])
+    kept = (resized(brain.astype(np.uint8), 0) > 0) & (weight > 0)
+    means = np.rint(np.divide(sums, weight, out=np.zeros_like(sums), where=kept))
+    small = np.where(kept, means, outside).astype(np.int16)
+    return small[..., None], resized(labels[..., 0], 0)[..., None]
+
+
+def _nth(turn: int, count: int, key: tuple[int, ...]) -> int:
+    """The turn's place in a walk that visits all `count` places before it comes to one again."""
+    walk, place = divmod(turn, count)
+    return int(np.random.default_rng((*key, walk)).permutation(count)[place])
+
+
+def _corner(voxels: np.ndarray) -> Corner:
+    i, j, k = (int(v) for v in voxels)
+    return i, j, k

@@ -1,15 +1,30 @@
 """Which draw belongs to which step and rank: a pure function of the seed.
 
-The draws of a run are numbered 0, 1, 2, ...; draw g belongs to step g // global_batch and to the
-case that its epoch's permutation puts there. Rank r of W takes places r, r + W, ... of each step,
-so a run resumed at any step with any W that divides the global batch sees the very same draws.
+The draws of a run are numbered 0, 1, 2, ...; draw g belongs to step g // global_batch. A case that
+is opened serves one draw in each of `patches_per_case` steps that follow each other, so no step has
+two draws of one case, unless there are fewer cases than draws in a step. Rank r of W takes places
+r, r + W, ... of each step, so a run resumed at any step with any W that divides the global batch
+sees the very same draws.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One opening of a case."""
+
+    case: int
+    """Its index."""
+    draws: tuple[int, ...]
+    """The draws that it serves, one a step."""
+    turn: int
+    """How many draws of the case lie before these, in the whole run."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +35,29 @@ class Plan:
     global_batch: int
     """Draws a step, over all ranks."""
     seed: int
+    patches_per_case: int = 1
+    """Draws that one opening of a case serves."""
 
-    def case_of(self, draw: int) -> int:
-        """Index of the case that a draw is cut from; every epoch visits each case once."""
-        epoch, place = divmod(draw, self.num_cases)
-        return int(_permutation(self.num_cases, self.seed, epoch)[place])
+    def visits(
+        self, *, rank: int, world: int, start: int, stop: int
+    ) -> Iterator[tuple[Visit, ...]]:
+        """The visits of one rank for the steps start..stop; each tuple fills as many whole steps.
 
-    def draws(self, *, rank: int, world: int, start: int, stop: int) -> Iterator[int]:
-        """The draws of one rank for the steps start..stop, in order."""
-        for step in range(start, stop):
-            first = step * self.global_batch
-            yield from range(first + rank, first + self.global_batch, world)
+        That is `patches_per_case` steps, or fewer where start or stop lies between.
+        """
+        first = start
+        while first < stop:
+            window = first // self.patches_per_case
+            last = min((window + 1) * self.patches_per_case, stop)
+            places = range(rank, self.global_batch, world)
+            yield tuple(self._visit(window, place, range(first, last)) for place in places)
+            first = last
+
+    def _visit(self, window: int, place: int, steps: range) -> Visit:
+        epoch, index = divmod(window * self.global_batch + place, self.num_cases)
+        case = int(_order(self.num_cases, self.global_batch, self.seed, epoch)[index])
+        turn = epoch * self.patches_per_case + steps[0] % self.patches_per_case
+        return Visit(case, tuple(step * self.global_batch + place for step in steps), turn)
 
 
 def generator(seed: int, draw: int, purpose: int) -> np.random.Generator:
@@ -39,5 +66,24 @@ def generator(seed: int, draw: int, purpose: int) -> np.random.Generator:
 
 
 @lru_cache(maxsize=4)
-def _permutation(num_cases: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(num_cases)
+def _order(num_cases: int, batch: int, seed: int, epoch: int) -> np.ndarray:
+    """The cases of an epoch; a step that begins in the epoch before holds none of its cases twice.
+
+    So it follows from the epoch before, back to the last one that began with a step.
+    """
+    order = np.empty(0, np.int64)
+    since = epoch - epoch % (batch // math.gcd(num_cases, batch))
+    for number in range(since, epoch + 1):
+        begun = number * num_cases % batch
+        shuffled = np.random.default_rng((seed, number)).permutation(num_cases)
+        if begun and num_cases >= batch:
+            shuffled = _apart(shuffled, order[num_cases - begun :], batch - begun)
+        order = shuffled
+    return order
+
+
+def _apart(order: np.ndarray, taken: np.ndarray, count: int) -> np.ndarray:
+    """The order with its first `count` places given to cases that are not taken."""
+    free = np.flatnonzero(~np.isin(order, taken))[:count]
+    rest = np.delete(np.arange(len(order)), free)
+    return order[np.concatenate([free, rest])]

@@ -1,26 +1,33 @@
 """Foreground box, gain and bias of the normalisation, int16; and the undoing.
 
-A prepared case keeps the file's integers. Two numbers a modality turn them into network input on
+A prepared case keeps the file's integers. A few numbers a modality turn them into network input on
 the device: gain * voxel + bias inside the brain, 0 outside it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raybrats.data.volume import Volume
+from raybrats.config import Normalisation
 from raybrats.errors import DataError
 
+if TYPE_CHECKING:
+    from raybrats.data.volume import Volume
+
 Box = tuple[slice, slice, slice]
-Normalisation = Literal["zscore", "minmax"]
 _INT16 = np.iinfo(np.int16)
+_OUTSIDE = _INT16.min
+"""Background of quantised floats: below every brain voxel, so none is taken for it."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One case, cropped to the smallest box with brain in it."""
+    """One case, cropped to the smallest box with brain or tumour in it.
+
+    Arrays are views (..., i, j, k) of memory in which i lies closest, as NIfTI stores it.
+    """
 
     image: np.ndarray
     """int16 (modality, i, j, k)."""
@@ -30,8 +37,16 @@ class Prepared:
     """float32 (modality,)."""
     bias: np.ndarray
     """float32 (modality,)."""
+    low: np.ndarray
+    """int16 (modality,): voxels below are taken for it."""
+    high: np.ndarray
+    """int16 (modality,): voxels above are taken for it."""
     background: np.ndarray
     """int16 (modality,): the voxel value outside the brain."""
+    tumour: np.ndarray
+    """int32: places of the voxels of NCR, then ED, then ET, counted along the memory."""
+    counts: np.ndarray
+    """int64 (4,): voxels of background, NCR, ED and ET."""
     box: Box
     """Where the crop lies in the canonical volume."""
     shape: tuple[int, int, int]
@@ -42,6 +57,7 @@ def prepare(
     modalities: Sequence[np.ndarray],
     labels: np.ndarray | None = None,
     normalisation: Normalisation = "zscore",
+    percentiles: tuple[float, float] = (0.5, 99.5),
 ) -> Prepared:
     """Crops and quantises the modalities (i, j, k) of one case and measures its normalisation.
 
@@ -52,44 +68,65 @@ def prepare(
     Raises:
         DataError: the shapes differ, or every voxel is background.
     """
+    from raybrats.data import scan  # numba: only where cases are prepared, not where they are read
+
     shape = modalities[0].shape
     given = [m.shape for m in modalities] + ([] if labels is None else [labels.shape])
     if any(other != shape for other in given):
         raise DataError(f"volumes of one case differ in shape: {given}")
-    backgrounds = [_background(m) for m in modalities]
-    brain = np.zeros(shape, bool, order="F")
-    for modality, background in zip(modalities, backgrounds, strict=True):
-        brain |= modality != background
-    box = bounding_box(brain)
-    inside = np.ascontiguousarray(brain[box])
-    image = np.empty((len(modalities), *inside.shape), np.int16)
-    gain, bias = np.zeros((2, len(modalities)), np.float32)
-    background = np.zeros(len(modalities), np.int16)
-    for m, modality in enumerate(modalities):
-        background[m] = _quantise(modality[box], backgrounds[m], image[m])
-        gain[m], bias[m] = _gain_bias(image[m][inside], normalisation)
-    cropped = None if labels is None else np.ascontiguousarray(labels[box], np.uint8)
-    return Prepared(image, cropped, gain, bias, background, box, shape)
+    pairs = [_quantised(modality) for modality in modalities]
+    whole = tuple(_stored(voxels) for voxels, _ in pairs)
+    background = np.array([outside for _, outside in pairs], np.int16)
+    box, sums = scan.brain(whole, background)
+    if labels is not None:
+        box = _joined(box, scan.tumour(_stored(labels))[0])
+    if not box.any():
+        raise DataError("every voxel is background; is the volume empty?")
+    spans = tuple(slice(int(first), int(last)) for first, last in box)
+    image = np.stack([voxels[spans] for voxels in whole])
+    if normalisation == "percentile":
+        low, high = _percentiles(scan.histogram(image, background), percentiles)
+    else:
+        low, high = np.full(len(whole), _INT16.min), np.full(len(whole), _INT16.max)
+    gain, bias = _gain_bias(sums, low, high, normalisation)
+    cropped = None if labels is None else _stored(labels)[spans].copy()
+    counts = np.zeros(4, np.int64) if cropped is None else scan.tumour(cropped)[1]
+    return Prepared(
+        image=image.transpose(0, 3, 2, 1),
+        labels=None if cropped is None else cropped.T,
+        gain=gain,
+        bias=bias,
+        low=low.astype(np.int16),
+        high=high.astype(np.int16),
+        background=background,
+        tumour=np.empty(0, np.int32) if cropped is None else scan.places(cropped, counts),
+        counts=counts,
+        box=(spans[2], spans[1], spans[0]),
+        shape=(int(shape[0]), int(shape[1]), int(shape[2])),
+    )
 
 
-def labels_from(volume: Volume, values: tuple[int, int, int], name: str) -> np.ndarray:
+def labels_from(volume: "Volume", values: tuple[int, int, int], name: str) -> np.ndarray:
     """Labels 0, NCR, ED, ET (uint8, canonical) from a label file with these values for them.
 
     Raises:
         DataError: a voxel is not a whole number or not one of the values.
     """
-    exact = volume.voxels if (volume.slope, volume.intercept) == (1.0, 0.0) else volume.values
-    rounded = np.rint(exact)
-    if np.abs(exact - rounded).max(initial=0) > 1e-3:
-        raise DataError(f"{name}: labels are not whole numbers; was it resampled?")
-    found = np.unique(rounded).astype(int)
-    unknown = sorted(set(found.tolist()) - {0, *values})
-    if unknown:
+    from raybrats.data import scan
+
+    whole = _whole(volume, name)
+    strange = [end for end in (whole.min(), whole.max()) if not 0 <= end <= 255]
+    labels = np.empty(0, np.uint8)
+    if not strange:
+        labels, unknown = scan.encoded(_stored(whole.astype(np.uint8, copy=False)), values)
+        strange = [unknown] if unknown >= 0 else []
+    if strange:
         known = ", ".join(str(v) for v in (0, *values))
-        raise DataError(f"{name}: unknown label {unknown[0]}; this edition has {known}")
-    table = np.zeros(max(values) + 1, np.uint8)
-    table[list(values)] = (1, 2, 3)
-    return table[rounded.astype(np.uint8)]
+        raise DataError(
+            f"{name}: unknown label {strange[0]:g}; this edition has {known}; map it to one of "
+            "them, or leave the case out"
+        )
+    return labels.T
 
 
 def restore(prediction: np.ndarray, prepared: Prepared) -> np.ndarray:
@@ -115,33 +152,89 @@ def bounding_box(mask: np.ndarray) -> Box:
     return spans[0], spans[1], spans[2]
 
 
+def _stored(voxels: np.ndarray) -> np.ndarray:
+    """The (i, j, k) voxels as (k, j, i), contiguous: a view where the file was canonical.
+
+    Read-only and aligned whatever they come from, as every kind has the scans compiled anew.
+    """
+    stored = np.require(voxels.T, requirements=("C", "A")).view()
+    stored.flags.writeable = False
+    return stored
+
+
+def _whole(volume: "Volume", name: str) -> np.ndarray:
+    """The label file's voxels, all of them whole numbers.
+
+    Raises:
+        DataError: one is not.
+    """
+    plain = (volume.slope, volume.intercept) == (1.0, 0.0)
+    if plain and volume.voxels.dtype.kind in "iu":
+        return volume.voxels
+    exact = volume.voxels if plain else volume.values
+    rounded = np.rint(exact)
+    if np.abs(exact - rounded).max(initial=0) > 1e-3:
+        raise DataError(f"{name}: labels are not whole numbers; was it resampled?")
+    return rounded
+
+
+def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Smallest box (axis, 2) around two; an empty one is (0, 0)."""
+    if not second.any() or not first.any():
+        return first if first.any() else second
+    return np.stack([np.minimum(first, second)[:, 0], np.maximum(first, second)[:, 1]], axis=1)
+
+
 def _background(voxels: np.ndarray) -> float:
     corners = voxels[np.ix_(*[(0, -1)] * 3)]
     return corners.flat[0].item() if (corners == corners.flat[0]).all() else 0
 
 
-def _quantise(voxels: np.ndarray, background: float, out: np.ndarray) -> int:
-    """Fills `out` with int16 on a line with the voxels; returns the background on that line.
+def _quantised(voxels: np.ndarray) -> tuple[np.ndarray, int]:
+    """The voxels as int16 on a line with their values, and the background among them.
 
-    Whole numbers that fit are kept. The line spans the background too, which the box may lack.
+    Whole numbers that fit are kept; others are spread over the range of the brain, so that a
+    background far from it costs no precision.
     """
-    low = min(float(voxels.min()), background)
-    high = max(float(voxels.max()), background)
-    whole = voxels.dtype.kind in "iu" or bool((voxels == np.rint(voxels)).all())
-    if whole and low >= _INT16.min and high <= _INT16.max and background == round(background):
-        out[:] = voxels
-        return round(background)
-    step = max((high - low) / 65_534, np.finfo(np.float32).tiny)
-    middle = (low + high) / 2
-    out[:] = np.rint((voxels.astype(np.float64) - middle) / step)  # float32 would round past 32767
-    return round((background - middle) / step)
+    background = _background(voxels)
+    if voxels.dtype == np.int16:
+        return voxels, int(background)
+    with np.errstate(invalid="ignore"):  # what does not fit shows by not being equal
+        kept = voxels.astype(np.int16)
+    if (kept == voxels).all() and background == round(background):
+        return kept, round(background)
+    brain = voxels != background
+    low, high = _range(voxels, brain)
+    step = max((high - low) / (2 * _INT16.max), np.finfo(np.float32).tiny)
+    spread = np.full(voxels.shape, _OUTSIDE, np.int16)
+    inside = voxels[brain].astype(np.float64)  # float32 is too short
+    spread[brain] = np.rint((inside - (low + high) / 2) / step)
+    return spread, _OUTSIDE
 
 
-def _gain_bias(brain: np.ndarray, normalisation: str) -> tuple[float, float]:
-    if normalisation == "minmax":
-        origin, scale = float(brain.min()), float(brain.max()) - float(brain.min())
+def _range(voxels: np.ndarray, brain: np.ndarray) -> tuple[float, float]:
+    inside = voxels[brain]
+    return (float(inside.min()), float(inside.max())) if inside.size else (0.0, 0.0)
+
+
+def _percentiles(counts: np.ndarray, percentiles: tuple[float, float]) -> tuple[np.ndarray, ...]:
+    """The least voxels (modality,) that so many per cent of the brain do not exceed."""
+    below = np.cumsum(counts, axis=1)
+    wanted = [np.ceil(below[:, -1:] * percentile / 100).clip(1) for percentile in percentiles]
+    low, high = ((below < number).sum(axis=1) + _INT16.min for number in wanted)
+    return low, high
+
+
+def _gain_bias(
+    sums: np.ndarray, low: np.ndarray, high: np.ndarray, normalisation: Normalisation
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (modality,) each; a constant modality carries nothing and becomes 0 everywhere."""
+    number, total, squares, least, most = sums.T.astype(np.float64)
+    if normalisation == "zscore":
+        origin = total / np.maximum(number, 1)
+        scale = np.sqrt(np.maximum(squares / np.maximum(number, 1) - origin**2, 0))
     else:
-        origin, scale = float(brain.mean(dtype=np.float64)), float(brain.std(dtype=np.float64))
-    if scale == 0:  # a constant modality carries nothing: 0 everywhere
-        return 0.0, 0.0
-    return 1 / scale, -origin / scale
+        origin = np.maximum(least, low)
+        scale = np.where(number > 0, np.minimum(most, high) - origin, 0)
+    gain = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    return gain.astype(np.float32), (-origin * gain).astype(np.float32)

@@ -4,46 +4,21 @@ Canonical axes are LPS, the orientation in which BraTS is distributed, so real c
 """
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import deflate
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
 
+from raybrats.data import header
+from raybrats.data.header import Grid, Header
+from raybrats.data.inflate import inflate, is_zipped, start
 from raybrats.errors import DataError
 
 CANONICAL = ("L", "P", "S")
-MAX_EDGE_VOXELS = 1024
-"""Longest axis that is believed; BraTS has 240, whole-head research scans up to 512."""
-MAX_VOXELS = 512**3
-"""Most that is believed: a whole-head scan of 512 voxels an edge; 4-D BraTS has 36 million."""
-_MAX_OFFSET = 2**24
-"""Bytes before the voxels that are believed; the longest header extension seen ends at 4576."""
-_DEFLATE_RATIO = 1032
-"""Bytes that one deflated byte can hold at most, by its format."""
-_HEADER_BYTES = 544
-"""Enough for NIfTI-1 (348) and NIfTI-2 (540)."""
-_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where a file's voxels lie: what a prediction needs to be written back as."""
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-    """(4, 4), voxel to mm, RAS+."""
-    known: bool
-    """Whether the file says its orientation (an sform or a qform)."""
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Edge lengths of a voxel in mm."""
-        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0)
-        return float(i), float(j), float(k)
 
 
 @dataclass(frozen=True)
@@ -59,32 +34,49 @@ class Volume:
 
     @property
     def values(self) -> np.ndarray:
-        """The voxels scaled, float32."""
-        return self.voxels.astype(np.float32) * np.float32(self.slope) + np.float32(self.intercept)
+        """The voxels scaled, float32: nibabel's `get_fdata()` rounded once."""
+        if (self.slope, self.intercept) == (1.0, 0.0):
+            return self.voxels.astype(np.float32)
+        exact = self.voxels.astype(np.float64)
+        exact *= self.slope
+        exact += self.intercept
+        return exact.astype(np.float32)
 
 
 def decode(data: bytes, name: str) -> Volume:
-    """The volume in the bytes of a .nii or .nii.gz file.
+    """The volume in the bytes of a .nii or .nii.gz file; nothing but big-endian voxels is copied.
 
     Raises:
         DataError: not NIfTI, truncated, damaged (CRC or length), or a header that breaks a rule.
     """
-    zipped = data[:2] == b"\x1f\x8b"
-    start = _inflate_start(data, name) if zipped else data[:_HEADER_BYTES]
-    header = _header(start, name)
-    shape = _checked_shape(header, name)
-    grid = _checked_grid(header, shape, name)
-    dtype, offset = header.get_data_dtype(), int(header["vox_offset"])
-    length = offset + math.prod(shape) * dtype.itemsize
-    raw = _inflate(data, length, name) if zipped else data
-    if len(raw) < length:
-        raise DataError(f"{name}: {len(raw)} bytes where its header needs {length}; fetch it again")
-    voxels = np.frombuffer(raw, dtype, math.prod(shape), offset).reshape(shape, order="F")
-    voxels = voxels.astype(dtype.newbyteorder("="), copy=False)
-    slope, intercept = header.get_slope_inter()
-    slope, intercept = float(1.0 if slope is None else slope), float(intercept or 0.0)
-    _check_finite(voxels, slope, intercept, name)
-    return Volume(to_canonical(voxels, grid), slope, intercept, grid)
+    zipped = is_zipped(data)
+    first = start(data, header.MAX_BYTES, name) if zipped else data[: header.MAX_BYTES]
+    said = header.parse(first, name)
+    raw = inflate(data, said.num_bytes, name) if zipped else data
+    if len(raw) < said.num_bytes:
+        needs = f"{len(raw)} bytes where its header needs {said.num_bytes}"
+        raise DataError(f"{name}: {needs}; truncated: fetch it again")
+    flat = np.frombuffer(raw, said.dtype, math.prod(said.shape), said.offset)
+    voxels = flat.reshape(said.shape, order="F").astype(said.dtype.newbyteorder("="), copy=False)
+    voxels = np.require(voxels, requirements="A")  # an odd vox_offset
+    voxels.flags.writeable = False  # whether the bytes were zipped or not
+    _check_finite(voxels, said, name)
+    return Volume(to_canonical(voxels, said.grid), said.slope, said.intercept, said.grid)
+
+
+def joined(pair: tuple[bytes, bytes], name: str) -> bytes:
+    """The .nii file that a .hdr and its .img, zipped or not, make together; extensions are left.
+
+    Raises:
+        DataError: the header breaks a rule, or a part is damaged.
+    """
+    first, image = pair
+    if is_zipped(first):
+        first = start(first, header.MAX_BYTES, name)
+    plain, offset = header.as_single(first, name)
+    needed = offset + header.parse(plain, name).num_bytes - len(plain)
+    body = inflate(image, needed, name) if is_zipped(image) else image
+    return plain + body[offset:needed]
 
 
 def encode_labels(labels: np.ndarray, grid: Grid) -> bytes:
@@ -153,97 +145,30 @@ def canonical_spacing(grid: Grid) -> tuple[float, float, float]:
 
 
 def _turn(grid: Grid) -> np.ndarray:
-    own = orientations.io_orientation(grid.affine)
+    return _turn_of(np.asarray(grid.affine, np.float64).tobytes())
+
+
+@lru_cache(maxsize=64)  # one matrix a case, asked for twenty times: 9 ms of its 80
+def _turn_of(affine: bytes) -> np.ndarray:
+    own = orientations.io_orientation(np.frombuffer(affine).reshape(4, 4))
     return orientations.ornt_transform(own, orientations.axcodes2ornt(CANONICAL))
 
 
-def _header(start: bytes, name: str) -> nib.Nifti1Header:
-    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
-    kind = nib.Nifti1Header if 348 in sizes else nib.Nifti2Header if 540 in sizes else None
-    length = 348 if kind is nib.Nifti1Header else 540
-    if kind is None or len(start) < length:
-        raise DataError(f"{name}: not a NIfTI file ({start[:24]!r}); fetch it again")
-    return kind(start[:length], check=False)
-
-
-def _checked_shape(header: nib.Nifti1Header, name: str) -> tuple[int, ...]:
-    dims = [int(n) for n in header["dim"]]
-    rank = dims[0]
-    shape = tuple(dims[1 : 1 + max(rank, 0)])
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) not in (3, 4) or not all(1 <= n <= MAX_EDGE_VOXELS for n in shape):
-        raise DataError(f"{name}: dimensions {dims}; expected 3 or 4 axes of 1..{MAX_EDGE_VOXELS}")
-    if math.prod(shape) > MAX_VOXELS:
-        raise DataError(f"{name}: {shape} is more than {MAX_VOXELS} voxels")
-    try:
-        dtype = header.get_data_dtype().newbyteorder("=").name
-    except (nib.spatialimages.HeaderDataError, KeyError):
-        dtype = f"code {int(header['datatype'])}"
-    if dtype not in _DTYPES:
-        raise DataError(f"{name}: data type {dtype}; expected one of {', '.join(_DTYPES)}")
-    offset = float(header["vox_offset"])
-    if not header.sizeof_hdr <= offset <= _MAX_OFFSET:
-        raise DataError(f"{name}: vox_offset {offset}; expected {header.sizeof_hdr}..{_MAX_OFFSET}")
-    if not (math.isfinite(header["scl_slope"]) and math.isfinite(header["scl_inter"])):
-        raise DataError(f"{name}: scl_slope or scl_inter is not finite; repair the header")
-    return shape
-
-
-def _checked_grid(header: nib.Nifti1Header, shape: tuple[int, ...], name: str) -> Grid:
-    known = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
-    try:
-        affine = header.get_best_affine()
-        with np.errstate(all="ignore"):
-            usable = bool(np.isfinite(orientations.io_orientation(affine)).all())
-    except (ValueError, np.linalg.LinAlgError):  # a quaternion that is none, NaN
-        usable = False
-    if not usable:
-        raise DataError(f"{name}: its sform or qform is no orientation in space; repair the header")
-    return Grid(shape[:3], affine, known)
-
-
-def _check_finite(voxels: np.ndarray, slope: float, intercept: float, name: str) -> None:
-    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+def _check_finite(voxels: np.ndarray, said: Header, name: str) -> None:
+    """Refuses what is no number in float32, as stored or scaled; most types need no pass for it."""
+    kind = voxels.dtype.kind
+    if kind == "f" and not np.isfinite(voxels).all():
         bad = int(np.size(voxels) - np.isfinite(voxels).sum())
         raise DataError(f"{name}: {bad} voxels are NaN or infinite; repair the file")
-    if (slope, intercept) != (1.0, 0.0):
-        ends = [slope * float(end) + intercept for end in (voxels.min(), voxels.max())]
-        if max(map(abs, ends)) > float(np.finfo(np.float32).max):
-            raise DataError(f"{name}: scl_slope {slope} makes voxels infinite; repair the header")
+    possible = np.finfo(voxels.dtype) if kind == "f" else np.iinfo(voxels.dtype)
+    if _fits(said, float(possible.min), float(possible.max)):
+        return
+    if not _fits(said, float(voxels.min()), float(voxels.max())):
+        scaling = f"scl_slope {said.slope:g} and scl_inter {said.intercept:g}"
+        raise DataError(f"{name}: {scaling} make voxels infinite; repair the header")
 
 
-def _inflate_start(data: bytes, name: str) -> bytes:
-    try:
-        return zlib.decompressobj(wbits=31).decompress(data, _HEADER_BYTES)
-    except zlib.error as error:
-        raise DataError(f"{name}: damaged gzip ({error}); fetch it again") from error
-
-
-def _inflate(data: bytes, length: int, name: str) -> bytes:
-    """The member inflated; never more is allocated than the header and the trailer both claim."""
-    claim = int.from_bytes(data[-4:], "little")
-    if not length <= claim <= min(length + 2**20, _DEFLATE_RATIO * len(data)):
-        return _inflate_members(data, length, name)
-    try:
-        raw = bytes(deflate.gzip_decompress(data, claim))
-    except deflate.DeflateError:
-        return _inflate_members(data, length, name)
-    return raw if len(raw) == claim else _inflate_members(data, length, name)
-
-
-def _inflate_members(data: bytes, length: int, name: str) -> bytes:
-    """For files of several gzip members (bgzip), and to name what is wrong with the others."""
-    out, rest = bytearray(), data
-    try:
-        while rest and len(out) < length + 2**20:
-            member = zlib.decompressobj(wbits=31)
-            out += member.decompress(rest, length + 2**20 - len(out))
-            if not member.eof:
-                raise DataError(
-                    f"{name}: truncated, or longer than its header says; fetch it again"
-                )
-            rest = member.unused_data.lstrip(b"\0")
-    except zlib.error as error:
-        raise DataError(f"{name}: damaged gzip ({error}); fetch it again") from error
-    return bytes(out)
+def _fits(said: Header, low: float, high: float) -> bool:
+    """Whether float32 holds these voxels scaled."""
+    largest = max(abs(said.slope * end + said.intercept) for end in (low, high))
+    return largest <= float(np.finfo(np.float32).max)

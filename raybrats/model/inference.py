@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from raybrats.brats import ED, ET, NCR, REGIONS
 from raybrats.config import TrainConfig
@@ -13,15 +14,32 @@ from raybrats.data.batch import Batch, normalise
 from raybrats.data.prepare import Prepared, prepare, restore
 from raybrats.model.network import heads
 
+SLICES_AT_ONCE = 16
+"""Slices that a 2-D network is given together: about a 128^3 patch's worth of activations."""
+
 
 def whole_case(prepared: Prepared, device: torch.device) -> Tensor:
     """A prepared case as network input, float32 (1, modality, i, j, k)."""
     empty = torch.zeros(1, dtype=torch.uint8)
-    arrays = (prepared.gain, prepared.bias, prepared.background)
-    gain, bias, background = (torch.from_numpy(a)[None] for a in arrays)
-    image = torch.from_numpy(prepared.image)[None]
-    batch = Batch(image, empty, gain, bias, background, empty.long())
-    return normalise(batch.to(device))[0]
+    names = ("image", "gain", "bias", "low", "high", "background")
+    # Cached arrays are read-only maps of a file, which torch does not take: one copy of a case.
+    columns = {name: torch.from_numpy(np.array(getattr(prepared, name)))[None] for name in names}
+    return normalise(Batch(labels=empty, draw=empty.long(), **columns).to(device))[0]
+
+
+@torch.inference_mode()
+def predict_case(
+    network: nn.Module, config: TrainConfig, prepared: Prepared, device: torch.device
+) -> Tensor:
+    """Region masks of a prepared case, bool (1, region, i, j, k), cut as the training's draws."""
+    image, stride = whole_case(prepared, device), config.network.stride
+    overlap, sampling = config.validation.overlap, config.data.sampling
+    if sampling == "slices":
+        return _predict_slices(network, config, prepared, image)
+    size: Sequence[int] = config.data.patch_size
+    if sampling == "volume":
+        size = [-(-edge // stride) * stride for edge in image.shape[2:]]
+    return predict_regions(network, image, size, overlap)
 
 
 @torch.inference_mode()
@@ -42,6 +60,23 @@ def predict_regions(
     return logits > 0
 
 
+def _predict_slices(
+    network: nn.Module, config: TrainConfig, prepared: Prepared, image: Tensor
+) -> Tensor:
+    """Every slice of the box in its whole frame, resized as in training, and back."""
+    depth, size = image.shape[4], config.data.patch_size
+    frame = image.new_zeros(1, image.shape[1], *prepared.shape[:2], depth)
+    within = (..., prepared.box[0], prepared.box[1], slice(None))
+    frame[within] = image
+    small = _resized(frame, (size[0], size[1], depth))
+    logits = [heads(network(piece))[0] for piece in small.split(SLICES_AT_ONCE, dim=4)]
+    return _resized(torch.cat(logits, dim=4), frame.shape[2:])[within] > 0
+
+
+def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    return interpolate(image, size=tuple(size), mode="trilinear", align_corners=False)
+
+
 def labels_of(regions: Tensor) -> Tensor:
     """Labels uint8 (batch, i, j, k) from nested region masks: WT is ED, over it NCR, over it ET."""
     labels = torch.zeros_like(regions[:, 0], dtype=torch.uint8)
@@ -59,8 +94,6 @@ def segment(network: nn.Module, config: TrainConfig, image: np.ndarray) -> np.nd
         DataError: the image is all background.
     """
     device = next(network.parameters()).device
-    prepared = prepare(list(image), None, config.data.normalisation)
-    regions = predict_regions(
-        network, whole_case(prepared, device), config.data.patch_size, config.validation.overlap
-    )
+    prepared = prepare(list(image), None, config.data.normalisation, config.data.percentiles)
+    regions = predict_case(network, config, prepared, device)
     return restore(labels_of(regions)[0].cpu().numpy(), prepared)

@@ -11,12 +11,33 @@ from raybrats.config import NetworkConfig
 from raybrats.errors import CheckpointError
 
 
-def build(config: NetworkConfig, num_modalities: int) -> nn.Module:
-    """A network from image (batch, modality, i, j, k) to logits (batch, region, i, j, k)."""
+def build(config: NetworkConfig, num_modalities: int, spatial_dims: int = 3) -> nn.Module:
+    """A network from image (batch, modality, i, j, k) to logits (batch, region, i, j, k).
+
+    With two spatial dimensions it takes every slice by itself.
+    """
+    network = _build(config, num_modalities, spatial_dims)
+    return network if spatial_dims == 3 else _Planar(network)
+
+
+class _Planar(nn.Module):
+    """A 2-D network on slices: (batch, modality, i, j, k), k of them a sample."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        batch, _, _, _, k = image.shape
+        slices = image.movedim(-1, 1).flatten(0, 1)
+        return self.network(slices).unflatten(0, (batch, k)).movedim(1, -1)
+
+
+def _build(config: NetworkConfig, num_modalities: int, spatial_dims: int) -> nn.Module:
     widths, stages = config.widths, len(config.widths)
     if config.name == "dynunet":
         return DynUNet(
-            spatial_dims=3,
+            spatial_dims=spatial_dims,
             in_channels=num_modalities,
             out_channels=len(REGIONS),
             kernel_size=[3] * stages,
@@ -31,7 +52,7 @@ def build(config: NetworkConfig, num_modalities: int) -> nn.Module:
         )
     if config.name == "segresnet":
         return SegResNet(
-            spatial_dims=3,
+            spatial_dims=spatial_dims,
             init_filters=widths[0],
             in_channels=num_modalities,
             out_channels=len(REGIONS),
@@ -39,7 +60,7 @@ def build(config: NetworkConfig, num_modalities: int) -> nn.Module:
             blocks_up=(1,) * (stages - 1),
         )
     return UNet(
-        spatial_dims=3,
+        spatial_dims=spatial_dims,
         in_channels=num_modalities,
         out_channels=len(REGIONS),
         channels=widths,

@@ -14,7 +14,7 @@ from ray.data import ActorPoolStrategy
 from raybrats import cluster
 from raybrats.brats import MODALITIES
 from raybrats.data import index, storage
-from raybrats.data.cohort import BAD, Case, open_case
+from raybrats.data.case import BAD, INCOMPLETE, Case, open_case
 from raybrats.data.volume import encode_labels
 from raybrats.errors import DataError, MissingObjectError, RaybratsError, UsageError
 from raybrats.progress import Display
@@ -128,6 +128,26 @@ def _run(
     return failed
 
 
+def segment(case: Case, model: package.Model, out_uri: str) -> None:
+    """Writes the prediction of one case, in its own grid and label values.
+
+    Raises:
+        DataError: the case is damaged, or lacks modalities and the model was trained with all.
+        StorageError: out of reach.
+    """
+    if case.status == INCOMPLETE and not model.takes_incomplete:
+        raise DataError(
+            f"{case.case_id}: {case.reason}; complete it, or use a model that was trained with "
+            "augment.drop_modality"
+        )
+    opened = open_case(case)
+    chosen = [opened.volumes[MODALITIES.index(m)] for m in model.modalities]
+    labels = model.predict(np.stack(chosen).astype(np.float32))
+    values = np.array([0, *case.label_values], np.uint8)
+    uri = storage.join(out_uri, file_name(case))
+    storage.write_bytes(uri, encode_labels(values[labels], opened.grid))
+
+
 class _Worker:
     """Keeps the model and segments one case after the other."""
 
@@ -139,18 +159,10 @@ class _Worker:
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         case = self._cases[int(row["place"])]
         try:
-            self._segment(case)
+            segment(case, self._model, self._task.out_uri)
         except RaybratsError as error:
             return {"case_id": case.case_id, "reason": str(error)}
         except Exception as error:  # such as a GPU out of memory: the other cases go on
             words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             return {"case_id": case.case_id, "reason": words}
         return {"case_id": case.case_id, "reason": ""}
-
-    def _segment(self, case: Case) -> None:
-        opened = open_case(case)
-        chosen = [opened.volumes[MODALITIES.index(m)] for m in self._model.modalities]
-        labels = self._model.predict(np.stack(chosen).astype(np.float32))
-        values = np.array([0, *case.label_values], np.uint8)
-        uri = storage.join(self._task.out_uri, file_name(case))
-        storage.write_bytes(uri, encode_labels(values[labels], opened.grid))

@@ -47,6 +47,8 @@ class Model:
     modalities: tuple[str, ...]
     predict: Any
     """Raw case, float32 (modality, i, j, k) -> labels uint8 (i, j, k)."""
+    takes_incomplete: bool
+    """Whether it was trained with modalities dropped, so that one may be missing."""
 
 
 def register(
@@ -96,7 +98,9 @@ def load(model_uri: str, tracking_uri: str) -> Model:
     name = resolve(model_uri, tracking_uri)
     with spoken_to(tracking_uri), _default_server(tracking_uri):
         loaded = mlflow.pyfunc.load_model(name)
-    return Model(name, tuple(loaded.metadata.metadata["modalities"]), loaded.predict)
+    said = loaded.metadata.metadata
+    dropped = said.get("drop_modality", 0) > 0
+    return Model(name, tuple(said["modalities"]), loaded.predict, dropped)
 
 
 def resolve(model_uri: str, tracking_uri: str) -> str:
@@ -177,7 +181,10 @@ def _log(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
             code_paths=[str(Path(raybrats.__file__).parent)],
             pip_requirements=[f"{p}=={importlib.metadata.version(p)}" for p in _pinned(_NEEDS)],
             signature=signature,
-            metadata={"modalities": list(config.data.modalities)},
+            metadata={
+                "modalities": list(config.data.modalities),
+                "drop_modality": config.augment.drop_modality,
+            },
             registered_model_name=config.tracking.model,
         )
     return str(info.registered_model_version)

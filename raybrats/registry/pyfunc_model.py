@@ -23,7 +23,8 @@ class Segmenter(PythonModel):
         """Builds the network from the run's configuration and loads its weights."""
         self.config = from_json(Path(context.artifacts["config"]).read_text())
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        network = build(self.config.network, len(self.config.data.modalities))
+        modalities, dims = self.config.data.modalities, self.config.spatial_dims
+        network = build(self.config.network, len(modalities), dims)
         load_weights(network, load_file(context.artifacts["weights"]))
         self.network = network.to(device).eval()
 

@@ -11,7 +11,7 @@ from raybrats.config import OptimConfig, TrainConfig
 from raybrats.data.augment import augment
 from raybrats.data.batch import Batch, normalise
 from raybrats.data.prepare import Prepared
-from raybrats.model.inference import labels_of, predict_regions, whole_case
+from raybrats.model.inference import labels_of, predict_case
 from raybrats.model.loss import RegionLoss
 from raybrats.model.metrics import region_dice
 from raybrats.model.network import build, heads, load_weights
@@ -46,7 +46,7 @@ class Learner:
 def new_learner(config: TrainConfig, device: torch.device) -> Learner:
     """A learner at step 0; its initial weights follow from the seed."""
     torch.manual_seed(config.run.seed)
-    network = build(config.network, len(config.data.modalities)).to(device)
+    network = build(config.network, len(config.data.modalities), config.spatial_dims).to(device)
     optimizer = _optimizer(config.optim, network)
     return Learner(config, device, network, network, optimizer, RegionLoss(config.loss))
 
@@ -77,11 +77,8 @@ def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
     learner.bare.eval()
     for prepared in cases:
         assert prepared.labels is not None, "validation cases have labels"
-        image = whole_case(prepared, learner.device)
         with torch.autocast(learner.device.type, torch.bfloat16, config.optim.precision == "bf16"):
-            regions = predict_regions(
-                learner.bare, image, config.data.patch_size, config.validation.overlap
-            )
+            regions = predict_case(learner.bare, config, prepared, learner.device)
         prediction = labels_of(regions)[0].cpu().numpy()
         scores.append(region_dice(prediction, prepared.labels))
     return scores

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -64,8 +64,8 @@ def train(config: TrainConfig) -> Result:
     try:
         with watched(f"training {config.run.name}", config.optim.steps) as board:
             metrics = fit(make_job(config, cases, run, board=board))
-        if "unsent" in metrics:
-            print(f"some metrics did not reach MLflow: {metrics['unsent']}", file=sys.stderr)  # noqa: T201
+        for remark in _remarks(metrics):
+            print(remark, file=sys.stderr)  # noqa: T201
         version = register_best(config, run_uri, cases, run)
     except BaseException as error:
         with suppress(TrackingError):  # the first error is the one to tell
@@ -89,7 +89,8 @@ def usable(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
     Raises:
         DataError: more are bad than `data.max_bad_fraction`, or a side of the split is empty.
     """
-    bad = cohort.quarantined(cases)
+    lenient = config.augment.drop_modality > 0
+    bad = cohort.quarantined(cases, allow_incomplete=lenient)
     if len(bad) > config.data.max_bad_fraction * len(cases):
         named_ones = "; ".join(f"{c.case_id} ({c.reason})" for c in bad[:3])
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -99,7 +100,7 @@ def usable(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
         )
     if bad:
         print(f"left out: {', '.join(c.case_id for c in bad)}", file=sys.stderr)  # noqa: T201
-    good = [case for case in cases if case.status == cohort.OK]
+    good = cohort.trainable(cases, allow_incomplete=lenient)
     if not good:
         raise DataError(f"{config.data.cohort}: no case has labels; training needs them")
     for side, chosen in zip(("training", "validation"), split(config, good), strict=True):
@@ -225,6 +226,18 @@ def check_fits(config: TrainConfig) -> None:
 
 def _with_name(config: TrainConfig) -> TrainConfig:
     return named(config, datetime.now().strftime("%Y%m%d-%H%M%S"))
+
+
+def _remarks(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What did not stop the run, but should be known."""
+    if "unsent" in metrics:
+        yield f"some metrics did not reach MLflow: {metrics['unsent']}"
+    if metrics.get("uncached"):
+        times = int(metrics["uncached"])
+        yield (
+            f"prepared cases could not be kept {times} times: make room, or set data.cache_dir and "
+            "data.cache_gb; meanwhile each draw reads its case anew"
+        )
 
 
 def _first(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:

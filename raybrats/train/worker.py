@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import ray.train
@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raybrats.brats import REGIONS
 from raybrats.config import TrainConfig
-from raybrats.data.cohort import Case, prepare_case
+from raybrats.data.cache import Tally, prepared
+from raybrats.data.case import Case
 from raybrats.data.prepare import Prepared
-from raybrats.data.stream import Share, open_stream
+from raybrats.data.stream import Share, Stream
 from raybrats.model.network import weights_of
 from raybrats.registry.tracking import MetricLog, Run
 from raybrats.train import checkpoint, loop
@@ -69,7 +70,8 @@ class _Pace:
 def work(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Trains from the newest good checkpoint to the last step; what was reported last.
 
-    `unsent` tells why metrics did not reach MLflow, if some did not.
+    `unsent` tells why metrics did not reach MLflow, if some did not; `uncached` counts the cases
+    that a node could not keep.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     job: Job = settings["job"]
@@ -97,7 +99,8 @@ def work(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _run(job: Job, learner: loop.Learner, share: Share, log: MetricLog | None) -> dict[str, float]:
     """Steps, with validation, checkpoint and report every so many of them and at the end."""
     config, pace, last = job.config, _Pace(), {}
-    batches = open_stream(config, job.train_cases, share)
+    stream = Stream(config, job.train_cases, share)
+    batches = iter(stream)
     while learner.step < config.optim.steps:
         began = time.perf_counter()
         batch = next(batches)
@@ -107,29 +110,34 @@ def _run(job: Job, learner: loop.Learner, share: Share, log: MetricLog | None) -
         pace.add(loss, ended - began, ready - began, first=learner.step == share.start + 1)
         due = learner.step % config.validation.every_steps == 0
         if learner.step % LOG_EVERY_STEPS == 0 or learner.step == config.optim.steps:
-            _tell(job, learner, share, pace, log)
+            last["uncached"] = _tell(job, learner, pace, log, stream.tally)
         if due or learner.step == config.optim.steps:
-            last = _validate_and_save(job, learner, share, pace, log)
+            last |= _validate_and_save(job, learner, share, pace, log)
     return last
 
 
-def _tell(
-    job: Job, learner: loop.Learner, share: Share, pace: _Pace, log: MetricLog | None
-) -> None:
-    """Mean loss of all ranks since the last time, and the pace, to MLflow and to the driver."""
-    mean = torch.stack(pace.losses).mean()
+def _tell(job: Job, learner: loop.Learner, pace: _Pace, log: MetricLog | None, tally: Tally) -> int:
+    """Mean loss of all ranks since the last time, and the pace, to MLflow and to the driver.
+
+    Returns the cases that no node could keep in its cache.
+    """
+    counts = torch.tensor(astuple(tally), dtype=torch.float32, device=learner.device)
+    sums = torch.cat([torch.stack(pace.losses).mean()[None], counts])
     pace.losses.clear()
-    if share.world > 1:
-        torch.distributed.all_reduce(mean)
-        mean /= share.world
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+        sums[0] /= torch.distributed.get_world_size()
     if log is None:
-        return
-    loss, figures = float(mean), pace.figures(job.config.optim.global_batch)
+        return 0
+    loss, *totals = sums.tolist()
+    figures = pace.figures(job.config.optim.global_batch)
     rate = loop.learning_rate(job.config.optim, learner.step - 1)
-    log.log({"train/loss": loss, "train/lr": rate, **figures}, learner.step)
+    cached = {f"cache/{f.name}": n for f, n in zip(fields(Tally), totals, strict=True)}
+    log.log({"train/loss": loss, "train/lr": rate, **figures, **cached}, learner.step)
     if job.board is not None:
         remark = f"loss {loss:.3f}, {figures['patches_per_s']:.1f} patches/s"
         job.board.post.remote(learner.step, remark)
+    return int(cached["cache/failed"])
 
 
 def _validate_and_save(
@@ -175,7 +183,7 @@ def _prepared(config: TrainConfig, cases: tuple[Case, ...]) -> Iterator[Prepared
     """Whole cases, the next one decoded while the network works on this one."""
 
     def open_one(case: Case) -> Prepared:
-        return prepare_case(case, config.data.modalities, config.data.normalisation)
+        return prepared(case, config.data)[0]
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = [pool.submit(open_one, case) for case in cases[:1]]

@@ -140,10 +140,13 @@ def test_what_is_wrong_with_the_names_becomes_a_problem(tmp_path: Path):
     touch(tmp_path, *case_files("", "BraTS2021_00003"))
     twins, double, partial, good = find_files(str(tmp_path))
     assert twins.problem == f"case id found twice: {tmp_path}/one/{twins.case_id} and " + (
-        f"{tmp_path}/two/{twins.case_id}"
+        f"{tmp_path}/two/{twins.case_id}; rename or remove one"
     )
-    assert double.problem == "two files for t1: BraTS2021_00001_t1.nii, BraTS2021_00001_t1.nii.gz"
-    assert partial.problem == "no t1ce, t2 file"
+    assert double.problem == (
+        "two files for t1: BraTS2021_00001_t1.nii, BraTS2021_00001_t1.nii.gz; remove one"
+    )
+    assert names(partial) == ["BraTS2021_00002_flair.nii.gz", "BraTS2021_00002_t1.nii.gz", "", ""]
+    assert partial.problem == ""
     assert good.problem == ""
 
 
@@ -206,12 +209,12 @@ def test_problems_of_nnunets_files_are_told(tmp_path: Path):
     (tmp_path / "imagesTr" / "BRATS_000_0002.nii.gz").unlink()
     touch(tmp_path, "imagesTr/BRATS_001_0001.nii", "imagesTr/notes.nii.gz")
     missing, twice = find_files(str(tmp_path))
-    assert missing.problem == "no t1ce file"
-    assert twice.problem == "two files for t1: BRATS_001_0001.nii, BRATS_001_0001.nii.gz"
+    assert names(missing) == [f"BRATS_000_000{n}.nii.gz" if n != 2 else "" for n in range(4)]
+    assert twice.problem.startswith("two files for t1: BRATS_001_0001.nii, BRATS_001_0001.nii.gz;")
     (tmp_path / "imagesTr" / "BRATS_001_0001.nii").unlink()
     touch(tmp_path, "labelsTr/BRATS_001.nii")
     assert find_files(str(tmp_path))[1].problem == (
-        "two files for seg: BRATS_001.nii, BRATS_001.nii.gz"
+        "two files for seg: BRATS_001.nii, BRATS_001.nii.gz; remove one"
     )
 
 

@@ -1,5 +1,7 @@
 """Whole cases: sliding windows, regions and labels, and the raw case's own grid."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,9 @@ from torch import nn
 
 from raybrats.config import DataConfig, NetworkConfig, TrainConfig, ValidationConfig
 from raybrats.data.phantom import make_phantom
-from raybrats.data.prepare import bounding_box
+from raybrats.data.prepare import bounding_box, prepare
 from raybrats.errors import DataError
-from raybrats.model.inference import labels_of, predict_regions, segment
+from raybrats.model.inference import labels_of, predict_case, predict_regions, segment
 from raybrats.model.loss import region_masks
 from raybrats.model.network import build
 
@@ -110,6 +112,37 @@ def test_a_trained_shape_of_network_segments_in_the_grid_of_the_case():
     outside = np.ones(labels.shape, bool)
     outside[bounding_box((image != 0).any(axis=0))] = False
     assert not labels[outside].any()
+
+
+@pytest.mark.parametrize("shape", [(40, 36, 30), (24, 30, 17)])
+def test_a_whole_volume_is_one_window_of_the_networks_stride(shape):
+    image, _ = make_phantom(1, shape=shape)
+    config = replace(CONFIG, data=DataConfig(sampling="volume"))
+    seen = []
+
+    def watching(window):
+        seen.append(tuple(window.shape[2:]))
+        return BRIGHT_FLAIR(window)
+
+    prepared = prepare(list(image))
+    found = predict_case(watching, config, prepared, torch.device("cpu"))
+    box = [-(-(span.stop - span.start) // 4) * 4 for span in prepared.box]
+    assert seen == [tuple(box)]
+    assert found.shape[2:] == prepared.image.shape[1:]
+
+
+@pytest.mark.parametrize("shape", [(40, 36, 30), (24, 30, 17)])
+def test_slices_of_their_own_size_are_segmented_as_they_are(shape):
+    image, _ = make_phantom(1, shape=shape)
+    size = tuple(-(-edge // 4) * 4 for edge in shape[:2])
+    data = DataConfig(sampling="slices", patch_size=(*size, 1))
+    labels = segment(BRIGHT_FLAIR, replace(CONFIG, data=data), image.astype(np.float32))
+    brain = (image != 0).any(axis=0)
+    bright = np.where(brain & (image[0] > image[0][brain].mean()), 2, 0)
+    if size == shape[:2]:
+        np.testing.assert_array_equal(labels, bright)
+    else:  # resized and back: the edges of what is bright may move by a voxel
+        assert (labels == bright).mean() > 0.95
 
 
 def test_an_empty_case_is_refused():

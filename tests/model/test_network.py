@@ -100,3 +100,15 @@ def test_every_parameter_gets_a_gradient(config):
     without = [name for name, p in network.named_parameters() if p.grad is None]
     assert without == []
     assert all(torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+def test_a_flat_network_takes_each_slice_by_itself(config):
+    torch.manual_seed(0)
+    network = build(config, 4, spatial_dims=2).eval()
+    whole = heads(network(image()))[0]
+    assert whole.shape == (2, 3, 16, 16, 8)
+    for k in range(8):
+        alone = heads(network(image()[..., k : k + 1]))[0]
+        torch.testing.assert_close(whole[..., k : k + 1], alone)
+    trained = heads(network.train()(image()))
+    assert [head.shape for head in trained] == [(2, 3, 16, 16, 8)] * (1 + config.deep_supervision)

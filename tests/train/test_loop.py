@@ -18,7 +18,7 @@ from raybrats.config import (
     override,
 )
 from raybrats.data.batch import Batch
-from raybrats.data.patch import cut
+from raybrats.data.patch import PatchRule, cut, draw_patch, volume_size
 from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import prepare
 from raybrats.model.network import weights_of
@@ -48,8 +48,10 @@ def batches(cases):
         draws = [2 * step, 2 * step + 1]
         patches = [cut(case, (step, 2, 1), PATCH) for case in cases]
         image, labels = (np.stack(arrays) for arrays in zip(*patches, strict=True))
-        columns = [np.stack([getattr(c, n) for c in cases]) for n in ("gain", "bias", "background")]
-        return Batch(*map(torch.from_numpy, (image, labels, *columns, np.array(draws))))
+        names = ("gain", "bias", "low", "high", "background")
+        columns = {name: np.stack([getattr(case, name) for case in cases]) for name in names}
+        columns |= {"image": image, "labels": labels, "draw": np.array(draws)}
+        return Batch(**{name: torch.from_numpy(column) for name, column in columns.items()})
 
     return [batch(step) for step in range(8)]
 
@@ -171,6 +173,26 @@ def test_a_network_that_reads_the_answer_off_the_image_scores_one():
     with torch.no_grad():
         learner.bare.weight.neg_()
     assert max(loop.validate(learner, [prepare(image, labels)])[0]) < 0.5
+
+
+@pytest.mark.parametrize("sampling", ["slices", "volume"])
+def test_slices_and_whole_volumes_are_learned_and_scored(cases, sampling):
+    size = (32, 32, 1) if sampling == "slices" else PATCH
+    data = DataConfig(sampling=sampling, patch_size=size, num_slices=4, first_slice=12)
+    config = replace(CONFIG, data=data, augment=AugmentConfig(rotation=1.0, blur=1.0))
+    learner = loop.new_learner(config, CPU)
+    boxes = [[edge for span in case.box for edge in (span.start, span.stop)] for case in cases]
+    cut_size = size if sampling == "slices" else volume_size(boxes, config.network.stride)
+    rule = PatchRule(data, cut_size, seed=0)
+    rows = [draw_patch(case, rule, draw=n, case=n, turn=0) for n, case in enumerate(cases)]
+    names = ("gain", "bias", "low", "high", "background")
+    columns = {name: np.stack([getattr(case, name) for case in cases]) for name in names}
+    columns |= {"image": np.stack([image for image, _ in rows]), "draw": np.arange(2)}
+    columns |= {"labels": np.stack([labels for _, labels in rows])}
+    batch = Batch(**{name: torch.from_numpy(column) for name, column in columns.items()})
+    losses = [float(loop.train_step(learner, batch)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert np.array(loop.validate(learner, iter(cases))).shape == (2, len(REGIONS))
 
 
 def test_means_go_over_cases_first_and_then_over_regions():

@@ -1,0 +1,255 @@
+"""Prepared cases on the node's own disk, shared by all workers, trials and jobs of the node.
+
+An entry is one safetensors file, written aside and renamed, and read as a memory map, so a patch
+costs a copy of its own bytes. Whatever fails here costs speed, never a run.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import mmap
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import deflate
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from raybrats.config import DataConfig
+from raybrats.data.case import Case
+from raybrats.data.cohort import prepare_case
+from raybrats.data.prepare import Prepared
+
+VERSION = 1
+"""Of what `prepare` makes and how it is kept; entries of another one are not found."""
+_REST_S = 60.0
+"""Until a process tries again to write after the disk was full."""
+_STALE_S = 3600.0
+"""Age of a file written aside whose writer is taken for dead."""
+_LOCKS = 256
+"""Cases that are prepared at once on a node, at most; two of one lock wait for each other."""
+_DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "I16": "<i2", "U8": "|u1"}
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What became of some look-ups."""
+
+    hits: int = 0
+    misses: int = 0
+    """Cases that were read from their source and prepared."""
+    evicted: int = 0
+    """Entries removed to make room."""
+    damaged: int = 0
+    """Entries whose bytes were not those that were written; they are made anew."""
+    failed: int = 0
+    """Cases that could not be kept: the disk is full, or the folder not ours to write."""
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Tally)))
+
+
+@dataclass
+class _Process:
+    """What this process remembers."""
+
+    verified: set[tuple[str, int, int]] = field(default_factory=set)
+    """Name, inode and time of the entries whose digest it has compared."""
+    written: float = float("inf")
+    """Bytes since it last looked at the size of the folder; it looks at its first write."""
+    resting_until: float = 0.0
+    told: bool = False
+
+
+_process = _Process()
+
+
+def prepared(case: Case, data: DataConfig) -> tuple[Prepared, Tally]:
+    """The prepared case, from the cache where it is there, else made and kept.
+
+    Processes that want the same case at once wait for the first to make it, so its source is read
+    once a node.
+
+    Raises:
+        DataError: the case is damaged.
+        StorageError: its source is out of reach or has changed.
+    """
+    if not data.cache_gb or not case.digests:
+        return prepare_case(case, data), Tally(misses=1)
+    try:
+        folder = _folder(data.cache_dir)
+        entry = folder / f"{_key(case, data)}.safetensors"
+        found, damaged = _read(entry)
+        if found is not None:
+            return found, Tally(hits=1)
+        lock = _lock(folder / f"lock-{int(entry.name[:8], 16) % _LOCKS}")
+        with lock:
+            return _made(case, data, entry, Tally(damaged=damaged))
+    except OSError as error:
+        _tell(error)
+        return prepare_case(case, data), Tally(misses=1, failed=1)
+
+
+def _made(case: Case, data: DataConfig, entry: Path, tally: Tally) -> tuple[Prepared, Tally]:
+    """The case once it is its turn: another process may have made it meanwhile."""
+    found, damaged = _read(entry)
+    if found is not None:
+        return found, tally + Tally(hits=1, damaged=damaged)
+    made = prepare_case(case, data)
+    tally += Tally(misses=1)
+    if time.monotonic() < _process.resting_until:
+        return made, tally + Tally(failed=1)
+    try:
+        return made, tally + Tally(evicted=_keep(entry, made, int(data.cache_gb * 1e9)))
+    except (OSError, SafetensorError) as error:
+        _process.resting_until = time.monotonic() + _REST_S
+        _tell(error)
+        return made, tally + Tally(failed=1)
+
+
+def _folder(chosen: str) -> Path:
+    """The folder, made if need be, of this user alone.
+
+    Raises:
+        OSError: it cannot be made, or belongs to another user, who could put anything there.
+    """
+    folder = Path(chosen or Path(tempfile.gettempdir(), f"raybrats-cache-{os.getuid()}"))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or (not chosen and folder.is_symlink()):
+        raise PermissionError(f"{folder} belongs to another user; set data.cache_dir")
+    return folder
+
+
+def _key(case: Case, data: DataConfig) -> str:
+    """Digest of everything that decides the prepared case."""
+    percentiles = data.percentiles if data.normalisation == "percentile" else None
+    there = [bool(uri) for uri in case.image_uris]
+    made_of = [VERSION, case.digests, there, case.label_values]
+    made_as = [data.modalities, data.normalisation, percentiles]
+    return hashlib.sha256(json.dumps([made_of, made_as]).encode()).hexdigest()
+
+
+def _read(entry: Path) -> tuple[Prepared | None, int]:
+    """The case of an entry, or None; and whether there was one that is damaged, now removed."""
+    try:
+        with entry.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mark = (entry.name, stat.st_ino, stat.st_mtime_ns)
+        case = _unpacked(_arrays(mapped, verify=mark not in _process.verified))
+        os.utime(entry, ns=(time.time_ns(), stat.st_mtime_ns))  # what eviction goes by
+    except FileNotFoundError:
+        return None, 0
+    except (ValueError, KeyError, TypeError, AttributeError):
+        with suppress(FileNotFoundError):
+            entry.unlink()
+        return None, 1
+    _process.verified.add(mark)
+    return case, 0
+
+
+def _arrays(mapped: mmap.mmap, verify: bool) -> dict[str, np.ndarray]:
+    """Views of the tensors of a safetensors file.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is not what was written.
+    """
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    header = json.loads(mapped[8:start])
+    digests = header.pop("__metadata__")
+    arrays = {}
+    for name, told in header.items():
+        first, last = (start + offset for offset in told["data_offsets"])
+        if verify and deflate.crc32(memoryview(mapped)[first:last]) != int(digests[name]):
+            raise ValueError(f"{name} is damaged")
+        dtype = np.dtype(_DTYPES[told["dtype"]])
+        flat = np.frombuffer(mapped, dtype, (last - first) // dtype.itemsize, first)
+        arrays[name] = flat.reshape(told["shape"])
+    return arrays
+
+
+def _keep(entry: Path, case: Prepared, limit: int) -> int:
+    """Writes an entry; how many others were removed for it.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; nothing is left of it.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in _packed(case).items()}
+    size = sum(array.nbytes for array in arrays.values())
+    if size > limit:
+        return 0
+    digests = {name: str(deflate.crc32(array.ravel())) for name, array in arrays.items()}
+    aside = entry.with_name(f"aside-{uuid.uuid4().hex}")
+    try:
+        save_file(arrays, aside, digests)
+        os.replace(aside, entry)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    _process.written += size
+    if _process.written < limit / 100:
+        return 0
+    _process.written = 0.0
+    return _evict(entry.parent, limit)
+
+
+def _evict(folder: Path, limit: int) -> int:
+    """Removes the entries that were not used for longest, down to the limit, and dead writers'."""
+    held: list[tuple[int, int, Path]] = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            stat = path.stat()
+            if path.suffix == ".safetensors":
+                held.append((stat.st_atime_ns, stat.st_size, path))
+            elif path.name.startswith("aside-") and time.time() - stat.st_mtime > _STALE_S:
+                path.unlink()
+    excess, removed = sum(size for _, size, _ in held) - limit, 0
+    for _, size, path in sorted(held):
+        if excess <= 0:
+            break
+        path.unlink(missing_ok=True)
+        excess, removed = excess - size, removed + 1
+    return removed
+
+
+def _packed(case: Prepared) -> dict[str, np.ndarray]:
+    """The case as arrays in memory order."""
+    box = np.array([(span.start, span.stop) for span in case.box], np.int64)
+    arrays = {**vars(case), "box": box, "shape": np.array(case.shape, np.int64)}
+    arrays["image"] = case.image.transpose(0, 3, 2, 1)
+    arrays["labels"] = np.empty(0, np.uint8) if case.labels is None else case.labels.T
+    return arrays
+
+
+def _unpacked(arrays: dict[str, np.ndarray]) -> Prepared:
+    i, j, k = (slice(int(first), int(last)) for first, last in arrays["box"])
+    labels, shape = arrays["labels"], tuple(arrays["shape"].tolist())
+    views = {
+        "image": arrays["image"].transpose(0, 3, 2, 1),
+        "labels": labels.T if labels.ndim == 3 else None,
+        "box": (i, j, k),
+        "shape": shape,
+    }
+    return Prepared(**{**arrays, **views})
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds a lock that the system lets go when the process dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _tell(error: Exception) -> None:
+    if not _process.told:
+        _process.told = True
+        logging.getLogger(__name__).warning("cases are not cached on this node: %s", error)

@@ -1,0 +1,116 @@
+"""A case: its row in a cohort, and its files opened together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raybrats.brats import MODALITIES
+from raybrats.data import source, storage
+from raybrats.data.prepare import labels_from
+from raybrats.data.volume import Grid, Volume, on_one_grid
+from raybrats.errors import DataError
+
+OK, UNLABELLED, INCOMPLETE, BAD = "ok", "unlabelled", "incomplete", "bad"
+"""Incomplete: sound, but without all modalities; with or without labels."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a cohort file."""
+
+    case_id: str
+    subject: str
+    edition: str
+    layout: str
+    image_uris: tuple[str, ...]
+    """One a modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
+    label_uri: str | None
+    label_values: tuple[int, ...]
+    """Values of NCR, ED and ET in the label file."""
+    sizes: tuple[int, ...] = ()
+    """Bytes of the image files, 0 for a missing one, then of the label file."""
+    digests: tuple[str, ...] = ()
+    """Sha256 of the same, empty for a missing one."""
+    shape: tuple[int, ...] = ()
+    """Canonical (i, j, k)."""
+    spacing_mm: tuple[float, ...] = ()
+    label_counts: tuple[int, ...] = ()
+    """Voxels of NCR, ED and ET."""
+    box: tuple[int, ...] = ()
+    """Foreground box: first and one-past-last voxel of i, j and k."""
+    mean: tuple[float, ...] = ()
+    """Of each modality inside the brain, as stored on disk."""
+    deviation: tuple[float, ...] = ()
+    fold: int = -1
+    status: str = OK
+    reason: str = ""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Modalities without a file."""
+        if len(self.image_uris) != len(MODALITIES):
+            return ()
+        return tuple(m for m, uri in zip(MODALITIES, self.image_uris, strict=True) if not uri)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A case in memory."""
+
+    volumes: tuple[np.ndarray, ...]
+    """Canonical voxels (i, j, k) of each modality."""
+    labels: np.ndarray | None
+    grid: Grid
+    """Of the first image file."""
+    sizes: tuple[int, ...]
+    digests: tuple[str, ...]
+
+
+def open_case(case: Case, *, need_labels: bool = False) -> Opened:
+    """Reads and decodes all files of a case, and checks that they belong together.
+
+    Raises:
+        DataError: a file is damaged, or files of the case differ in grid.
+        StorageError: a file is out of reach, or not the bytes that were indexed.
+    """
+    if need_labels and case.label_uri is None:
+        raise DataError(f"{case.case_id}: no label file")
+    uris = (*case.image_uris, *([case.label_uri] if case.label_uri else []))
+    expected = case.sizes or (None,) * len(uris), case.digests or (None,) * len(uris)
+    sources = [
+        source.read(uri, size=size, digest=digest) if uri else None
+        for uri, size, digest in zip(uris, *expected, strict=True)
+    ]
+    names = [storage.name(uri) for uri in uris if uri]
+    read = [found.volume() for found in sources if found is not None]
+    volumes = on_one_grid(case.case_id, names, read)
+    images, labels = volumes, None
+    if case.label_uri is not None:
+        *images, mask = volumes
+        values = case.label_values
+        labels = labels_from(mask, (values[0], values[1], values[2]), case.case_id)
+    return Opened(
+        volumes=_modalities(case, images),
+        labels=labels,
+        grid=images[0].grid,
+        sizes=tuple(found.size if found else 0 for found in sources),
+        digests=case.digests or tuple(found.digest if found else "" for found in sources),
+    )
+
+
+def _modalities(case: Case, images: Sequence[Volume]) -> tuple[np.ndarray, ...]:
+    """One canonical array a modality, scaled where the file says so; a missing one is zeros."""
+    plain = [v.voxels if (v.slope, v.intercept) == (1.0, 0.0) else v.values for v in images]
+    if len(case.image_uris) == 1 and plain[0].ndim == 4:
+        plain = [plain[0][..., m] for m in range(plain[0].shape[3])]
+    elif len(case.image_uris) == len(MODALITIES):
+        found = iter(plain)
+        empty = np.zeros(plain[0].shape, np.int16, order="F")
+        empty.flags.writeable = False  # as the decoded ones are
+        plain = [next(found) if uri else empty for uri in case.image_uris]
+    if len(plain) != len(MODALITIES) or any(v.ndim != 3 for v in plain):
+        shapes = ", ".join(str(v.voxels.shape) for v in images)
+        rule = "expected one 3-D file a modality, or one 4-D file of flair, t1, t1ce, t2"
+        raise DataError(f"{case.case_id}: {shapes} is not four modalities of 3-D volumes; {rule}")
+    return tuple(plain)

@@ -1,0 +1,122 @@
+"""Patches moved on their own grid: rotation, scale and elastic deformation in one resampling.
+
+Also the map along each axis that smooth things share (B-spline, Gaussian, polynomial).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+Shape = Sequence[int]
+_BRAIN = 128
+"""Labels are below it, so that labels and brain mask travel through one nearest sampling."""
+
+
+@dataclass(frozen=True)
+class Warp:
+    """Where the voxels of a patch come from; the centre stays, each default moves nothing."""
+
+    angles_degrees: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """About i, then j, then k."""
+    scale: float = 1.0
+    """Source voxels a voxel: above 1 the head looks smaller and background comes in."""
+    elastic_voxels: float = 0.0
+    """Control points are displaced by at most this along each axis."""
+    spacing_voxels: float = 32.0
+    """Between control points; no fold while `elastic_voxels` is under 0.4 of it (Rueckert 2006)."""
+    seed: int = 0
+    """Of the control points."""
+
+
+def resample(warp: Warp, image: Tensor, labels: Tensor, brain: Tensor) -> Tensor:
+    """Moves image (modality, i, j, k) and labels (i, j, k) in place; returns the moved brain.
+
+    The image is interpolated linearly, labels and brain take the nearest voxel; beyond the patch
+    is background.
+    """
+    grid = sampling_grid(warp, labels.shape, image.device)
+    image.copy_(_sample(image, grid, "bilinear"))
+    code = _sample(labels + _BRAIN * brain.float(), grid, "nearest")
+    brain = code >= _BRAIN
+    labels.copy_((code - _BRAIN * brain)[0])
+    return brain
+
+
+def _sample(image: Tensor, grid: Tensor, mode: str) -> Tensor:
+    """Image (modality, i, j, k) at the places (i, j, k, 3) of a grid.
+
+    Each plane of the result is asked for as a sample of its own, all of one image: on a CPU
+    `grid_sample` gives a thread to each sample, not to each part of one.
+    """
+    same = image.expand(len(grid), *image.shape)
+    planes = grid_sample(same, grid[:, None], mode, "zeros", align_corners=False)
+    return planes.squeeze(2).movedim(0, 1)
+
+
+def sampling_grid(warp: Warp, shape: Shape, device: torch.device) -> Tensor:
+    """Source places (i, j, k, 3) in `grid_sample`'s order and units; axes of extent 1 stay.
+
+    The rotation acts on voxels, and only then each axis is divided by its own extent: otherwise
+    a rotation of a patch with unequal edges would be a shear.
+    """
+    matrix = _matrix(warp, shape)
+    places = [torch.arange(n, device=device) - (n - 1) / 2 for n in shape]
+    i, j, k = (p.view([-1 if a == b else 1 for b in range(3)]) for a, p in enumerate(places))
+    grid = torch.empty((*shape, 3), device=device)
+    for axis, (n, row) in enumerate(zip(shape, (matrix * 2).tolist(), strict=True)):
+        plane = i * (row[0] / n) + j * (row[1] / n)
+        torch.add(plane, k * (row[2] / n), out=grid[..., 2 - axis])
+    if warp.elastic_voxels > 0:
+        for axis, shift in _displacements(warp, shape, device).items():
+            grid[..., 2 - axis].add_(shift, alpha=2 / shape[axis])
+    return grid
+
+
+def along_axes(cube: Tensor, matrices: Sequence[np.ndarray]) -> Tensor:
+    """Each matrix (out, in) applied along its axis of a contiguous (i, j, k).
+
+    One cube at a time: the bits of a batched product may depend on how many are in the batch.
+    """
+    first, second, third = (
+        torch.from_numpy(m.astype(np.float32)).to(cube.device, non_blocking=True) for m in matrices
+    )
+    cube = (first @ cube.flatten(1)).view(-1, *cube.shape[1:])
+    return second @ cube @ third.T
+
+
+def _matrix(warp: Warp, shape: Shape) -> np.ndarray:
+    """Source voxels from voxels, both counted from the centre."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(warp.angles_degrees):
+        a, b = (axis + 1) % 3, (axis + 2) % 3
+        if min(shape[a], shape[b]) > 1:
+            turn, radians = np.eye(3), math.radians(angle)
+            turn[a, a] = turn[b, b] = math.cos(radians)
+            turn[b, a] = math.sin(radians)
+            turn[a, b] = -turn[b, a]
+            matrix = turn @ matrix
+    return matrix * np.where(np.array(shape) > 1, warp.scale, 1.0)
+
+
+def _displacements(warp: Warp, shape: Shape, device: torch.device) -> dict[int, Tensor]:
+    """Voxels (i, j, k) by which each axis longer than 1 is displaced: cubic B-splines."""
+    splines = [_spline(n, warp.spacing_voxels) for n in shape]
+    size = (3, *(s.shape[1] for s in splines))
+    points = np.random.default_rng(warp.seed).uniform(-1, 1, size) * warp.elastic_voxels
+    shifts = torch.from_numpy(points.astype(np.float32)).to(device, non_blocking=True)
+    return {a: along_axes(shifts[a], splines) for a, n in enumerate(shape) if n > 1}
+
+
+def _spline(extent: int, spacing: float) -> np.ndarray:
+    """Uniform cubic B-spline basis (voxel, control point), the points reaching past both ends."""
+    cell, t = np.divmod(np.arange(extent) / spacing, 1)
+    weights = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)
+    basis = np.zeros((extent, int(cell[-1]) + 4))
+    for n, weight in enumerate(weights):
+        basis[np.arange(extent), cell.astype(int) + n] = weight / 6
+    return basis

@@ -1,0 +1,202 @@
+"""Single passes over the voxels of a case, compiled by numba once per node and kept on its disk.
+
+Arrays come in memory order, (k, j, i): NIfTI stores i fastest, so a row is what lies together.
+"""
+
+import numba
+import numpy as np
+
+_compiled = numba.njit(cache=True, nogil=True)
+
+NUM_SUMS = 5
+"""Columns of what `brain` fills: voxels, their sum, sum of squares, minimum, maximum."""
+_START = np.array([0, 0, 0, np.iinfo(np.int64).max, np.iinfo(np.int64).min])
+
+
+def brain(
+    modalities: tuple[np.ndarray, ...], background: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Box of the voxels that differ from the background in any modality, and sums over them.
+
+    Args:
+        modalities: int16 (k, j, i) each, contiguous.
+        background: int16 (modality,).
+
+    Returns:
+        The box, int64 (axis, 2), first and one past the last, (0, 0) where there is none; and
+        the sums, int64 (modality, NUM_SUMS).
+    """
+    seen, sums = _nowhere(modalities[0].shape), np.tile(_START, (len(modalities), 1))
+    _brain(modalities, background, seen, sums)
+    return _box(seen), sums
+
+
+def encoded(labels: np.ndarray, values: tuple[int, int, int]) -> tuple[np.ndarray, int]:
+    """Labels 0, 1, 2, 3 for 0 and the three values, and a value that is none of them, or -1."""
+    out = np.zeros(labels.shape, np.uint8)
+    if not _encoded(labels, np.array(values, np.uint8), out):
+        return out, -1
+    return out, int(labels[(out == 0) & (labels != 0)][0])
+
+
+def tumour(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Box of the voxels above 0, as `brain` gives it, and the voxels of labels 0 to 3 counted."""
+    seen, counts = _nowhere(labels.shape), np.zeros(4, np.int64)
+    _tumour(labels, seen, counts)
+    return _box(seen), counts
+
+
+def places(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Flat places of the voxels of label 1, then of 2, then of 3, each in order; int32."""
+    ends = np.cumsum(counts[1:])
+    found = np.empty(ends[-1], np.int32)
+    _places(labels.reshape(-1, labels.shape[-1]), np.array([0, 0, ends[0], ends[1]]), found)
+    return found
+
+
+def histogram(image: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Voxels inside the brain by their value + 32768, int64 (modality, 65536)."""
+    counts = np.zeros((len(image), 2**16), np.int64)
+    _histogram(image.reshape(len(image), -1), background, counts)
+    return counts
+
+
+def _nowhere(shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    return tuple(np.zeros(length, np.uint8) for length in shape)
+
+
+def _box(seen: tuple[np.ndarray, ...]) -> np.ndarray:
+    """First and one past the last place of each axis at which something was seen."""
+    ends = [np.flatnonzero(places)[[0, -1]] if places.any() else (0, -1) for places in seen]
+    return np.add(np.array(ends, np.int64), (0, 1))
+
+
+@_compiled
+def _see(seen, k, j, row):  # noqa: ANN001, ANN202 - compiled: numba infers the types
+    seen[0][k] = 1
+    seen[1][j] = 1
+    columns = seen[2]
+    for i in range(len(row)):
+        columns[i] |= row[i]
+
+
+@_compiled
+def _mark(modalities, k, j, background, row):  # noqa: ANN001, ANN202
+    """Fills the row with 1 in the brain and 0 outside."""
+    for m in range(len(modalities)):
+        voxels, outside = modalities[m][k, j], background[m]
+        if m == 0:
+            for i in range(len(row)):
+                row[i] = voxels[i] != outside
+        else:
+            for i in range(len(row)):
+                row[i] |= np.uint8(voxels[i] != outside)
+
+
+@_compiled
+def _add(voxels, mask, sums):  # noqa: ANN001, ANN202
+    """Adds one row; in 32 bits where 1024 voxels cannot overflow them, so that it vectorises."""
+    number, total, squares = np.int32(0), np.int32(0), np.int64(0)
+    for i in range(len(mask)):
+        number = np.int32(number + mask[i])
+    for i in range(len(mask)):
+        value = np.int32(np.int32(voxels[i]) * np.int32(mask[i]))
+        total = np.int32(total + value)
+        squares += np.int64(np.int32(value * value))
+    low, high = np.int16(32767), np.int16(-32768)
+    for i in range(len(mask)):
+        low = min(low, voxels[i] if mask[i] else np.int16(32767))
+        high = max(high, voxels[i] if mask[i] else np.int16(-32768))
+    sums[0] += number
+    sums[1] += total
+    sums[2] += squares
+    sums[3] = min(sums[3], low)
+    sums[4] = max(sums[4], high)
+
+
+@_compiled
+def _any(voxels):  # noqa: ANN001, ANN202
+    some = np.uint8(0)
+    for i in range(len(voxels)):
+        some |= voxels[i]
+    return some != 0
+
+
+@_compiled
+def _brain(modalities, background, seen, sums):  # noqa: ANN001, ANN202
+    num_k, num_j, num_i = modalities[0].shape
+    row = np.empty(num_i, np.uint8)
+    for k in range(num_k):
+        for j in range(num_j):
+            _mark(modalities, k, j, background, row)
+            if _any(row):
+                _see(seen, k, j, row)
+                for m in range(len(modalities)):
+                    _add(modalities[m][k, j], row, sums[m])
+
+
+@_compiled
+def _encoded(labels, values, out):  # noqa: ANN001, ANN202
+    """Fills `out`, which is all 0; whether there is a value that is none of the three."""
+    num_k, num_j, num_i = labels.shape
+    planes = labels.reshape(num_k, num_j * num_i)
+    strange = np.uint8(0)
+    for k in range(num_k):
+        if _any(planes[k]):
+            for j in range(num_j):
+                if _any(labels[k, j]):
+                    strange |= _encode(labels[k, j], values, out[k, j])
+    return strange != 0
+
+
+@_compiled
+def _encode(row, values, out):  # noqa: ANN001, ANN202
+    strange = np.uint8(0)
+    for i in range(len(row)):
+        label = np.uint8(row[i] == values[0])
+        label |= np.uint8(row[i] == values[1]) << 1
+        label |= np.uint8(row[i] == values[2]) * np.uint8(3)
+        out[i] = label
+        strange |= np.uint8(label == 0) & np.uint8(row[i] != 0)
+    return strange
+
+
+@_compiled
+def _tumour(labels, seen, counts):  # noqa: ANN001, ANN202
+    num_k, num_j, num_i = labels.shape
+    planes = labels.reshape(num_k, num_j * num_i)
+    for k in range(num_k):
+        if _any(planes[k]):
+            for j in range(num_j):
+                if _any(labels[k, j]):
+                    _see(seen, k, j, labels[k, j])
+            for label in range(1, 4):
+                number = np.int64(0)
+                for i in range(num_j * num_i):
+                    number += planes[k, i] == label
+                counts[label] += number
+    counts[0] = labels.size - counts[1:].sum()
+
+
+@_compiled
+def _places(rows, starts, found):  # noqa: ANN001, ANN202
+    num_rows, num_i = rows.shape
+    for r in range(num_rows):
+        if _any(rows[r]):
+            for i in range(num_i):
+                label = rows[r, i]
+                if label:
+                    found[starts[label]] = r * num_i + i
+                    starts[label] += 1
+
+
+@_compiled
+def _histogram(image, background, counts):  # noqa: ANN001, ANN202
+    num_modalities, num_voxels = image.shape
+    for i in range(num_voxels):
+        some = False
+        for m in range(num_modalities):
+            some |= image[m, i] != background[m]
+        if some:
+            for m in range(num_modalities):
+                counts[m, np.int64(image[m, i]) + 32768] += 1
