@@ -15,8 +15,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-bench: .venv/installed
-	$(BIN)/python tests/bench/decode.py
+# The peers live in an environment of their own, which `make test` never sees.
+bench: .venv-bench/installed
+	for name in decode patches stream scaling; do \
+		.venv-bench/bin/python tests/bench/$$name.py || exit 1; \
+	done
 
 # torch first and exactly: a looser wish would bring another build of it.
 .venv/installed: pyproject.toml constraints.txt
@@ -25,4 +28,15 @@ bench: .venv/installed
 		$$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(BIN)/pip check
+	touch $@
+
+.venv-bench/installed: pyproject.toml constraints.txt tests/bench/constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		$$(grep '^torch==' constraints.txt)
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -c tests/bench/constraints.txt \
+		$$(grep -E '^(nnunetv2|torchio|simpleitk)==' tests/bench/constraints.txt)
+	.venv-bench/bin/pip check
 	touch $@

@@ -10,6 +10,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -20,8 +21,7 @@ from pathlib import Path
 
 import deflate
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from raybrats.config import DataConfig
 from raybrats.data.case import Case
@@ -36,6 +36,8 @@ _STALE_S = 3600.0
 """Age of a file written aside whose writer is taken for dead."""
 _LOCKS = 256
 """Cases that are prepared at once on a node, at most; two of one lock wait for each other."""
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+"""Names of entries; whatever else lies in the folder is not ours to remove."""
 _DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "I16": "<i2", "U8": "|u1"}
 
 
@@ -63,8 +65,6 @@ class _Process:
 
     verified: set[tuple[str, int, int]] = field(default_factory=set)
     """Name, inode and time of the entries whose digest it has compared."""
-    written: float = float("inf")
-    """Bytes since it last looked at the size of the folder; it looks at its first write."""
     resting_until: float = 0.0
     told: bool = False
 
@@ -109,7 +109,7 @@ def _made(case: Case, data: DataConfig, entry: Path, tally: Tally) -> tuple[Prep
         return made, tally + Tally(failed=1)
     try:
         return made, tally + Tally(evicted=_keep(entry, made, int(data.cache_gb * 1e9)))
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         _process.resting_until = time.monotonic() + _REST_S
         _tell(error)
         return made, tally + Tally(failed=1)
@@ -145,7 +145,6 @@ def _read(entry: Path) -> tuple[Prepared | None, int]:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         mark = (entry.name, stat.st_ino, stat.st_mtime_ns)
         case = _unpacked(_arrays(mapped, verify=mark not in _process.verified))
-        os.utime(entry, ns=(time.time_ns(), stat.st_mtime_ns))  # what eviction goes by
     except FileNotFoundError:
         return None, 0
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -153,6 +152,8 @@ def _read(entry: Path) -> tuple[Prepared | None, int]:
             entry.unlink()
         return None, 1
     _process.verified.add(mark)
+    with suppress(OSError):  # it was removed meanwhile, or the disk is read-only
+        os.utime(entry, ns=(time.time_ns(), stat.st_mtime_ns))  # what eviction goes by
     return case, 0
 
 
@@ -180,7 +181,7 @@ def _keep(entry: Path, case: Prepared, limit: int) -> int:
     """Writes an entry; how many others were removed for it.
 
     Raises:
-        OSError, SafetensorError: it cannot be written; nothing is left of it.
+        OSError: it cannot be written; nothing is left of it.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in _packed(case).items()}
     size = sum(array.nbytes for array in arrays.values())
@@ -189,15 +190,13 @@ def _keep(entry: Path, case: Prepared, limit: int) -> int:
     digests = {name: str(deflate.crc32(array.ravel())) for name, array in arrays.items()}
     aside = entry.with_name(f"aside-{uuid.uuid4().hex}")
     try:
-        save_file(arrays, aside, digests)
+        with aside.open("xb") as file:  # not `save_file`: it has an aside file of its own
+            os.fchmod(file.fileno(), 0o600)
+            file.write(save(arrays, digests))
         os.replace(aside, entry)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    _process.written += size
-    if _process.written < limit / 100:
-        return 0
-    _process.written = 0.0
     return _evict(entry.parent, limit)
 
 
@@ -207,7 +206,7 @@ def _evict(folder: Path, limit: int) -> int:
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
             stat = path.stat()
-            if path.suffix == ".safetensors":
+            if _ENTRY.fullmatch(path.name):
                 held.append((stat.st_atime_ns, stat.st_size, path))
             elif path.name.startswith("aside-") and time.time() - stat.st_mtime > _STALE_S:
                 path.unlink()
@@ -215,8 +214,10 @@ def _evict(folder: Path, limit: int) -> int:
     for _, size, path in sorted(held):
         if excess <= 0:
             break
-        path.unlink(missing_ok=True)
-        excess, removed = excess - size, removed + 1
+        excess -= size
+        with suppress(FileNotFoundError):  # another process removes them too
+            path.unlink()
+            removed += 1
     return removed
 
 

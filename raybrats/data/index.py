@@ -21,7 +21,7 @@ def index(uri: str, out_uri: str | None = None) -> list[Case]:
         StorageError: the tree is out of reach.
     """
     found = cohort.find_cases(uri)
-    verified = cluster.each(cohort.verify_case, found, num_cpus=0.5, memory=TASK_MEMORY)
+    verified = cluster.each(cohort.verify_case, found, num_cpus=1, memory=TASK_MEMORY)
     cases: list[Case] = []
     with Display("indexing", len(found)) as display:
         for case in verified:

@@ -236,5 +236,6 @@ def _gain_bias(
     else:
         origin = np.maximum(least, low)
         scale = np.where(number > 0, np.minimum(most, high) - origin, 0)
-    gain = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+    varies = (scale > 0) & (most > least)  # a constant's squares may not sum up exactly
+    gain = np.divide(1, scale, out=np.zeros_like(scale), where=varies)
     return gain.astype(np.float32), (-origin * gain).astype(np.float32)

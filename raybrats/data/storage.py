@@ -21,7 +21,11 @@ from raybrats.errors import ChangedObjectError, MissingObjectError, StorageError
 T = TypeVar("T")
 
 DEADLINE_S = 120.0
-"""Until an operation on one object gives up, retries included."""
+"""Until an operation gives up, retries included; longer by what its bytes take on a slow line."""
+_SLOW_LINE = 250e3
+"""Bytes a second."""
+_PART = 50 * 2**20
+"""Bytes that s3fs reads in one request; larger objects in several at once."""
 
 _S3_OPTIONS = {
     # Retries live here, in one place: with the defaults a dead server costs 25 requests and 50 s.
@@ -65,7 +69,9 @@ def read_bytes(uri: str, *, size: int | None = None, digest: str | None = None) 
     Raises:
         StorageError: the object is missing, refused, out of reach, or not the bytes recorded.
     """
-    data = _attempt(uri, lambda fs, path: fs.cat_file(path))
+    # s3fs asks for the size before it reads, to see whether one request will do
+    once = {"max_concurrency": 1} if size and size <= _PART and uri.startswith("s3://") else {}
+    data = _attempt(uri, lambda fs, path, **limit: fs.cat_file(path, **once, **limit), size or 0)
     if size is not None and len(data) != size:
         raise ChangedObjectError(f"{uri}: {len(data)} bytes where {size} were recorded")
     if digest is not None and sha256(data) != digest:
@@ -76,7 +82,7 @@ def read_bytes(uri: str, *, size: int | None = None, digest: str | None = None) 
 def write_bytes(uri: str, data: bytes) -> None:
     """Puts an object whole: readers see the old one or the new one, never a part."""
     if is_remote(uri):
-        _attempt(uri, lambda fs, path: fs.pipe_file(path, data))
+        _attempt(uri, lambda fs, path, **limit: fs.pipe_file(path, data, **limit), len(data))
         return
     path = Path(absolute(uri))
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -92,7 +98,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 def list_objects(uri: str) -> dict[str, int]:
     """Size in bytes of every object below a URI, by its own URI, in sorted order."""
-    found = _attempt(uri, lambda fs, path: fs.find(path, detail=True))
+    found = _attempt(uri, lambda fs, path, **limit: fs.find(path, detail=True, **limit))
     for path, info in found.items():
         if info.get("islink") and os.path.isdir(path):
             raise StorageError(
@@ -104,7 +110,7 @@ def list_objects(uri: str) -> dict[str, int]:
 
 def exists(uri: str) -> bool:
     """Whether there is an object or a folder at the URI."""
-    return bool(_attempt(uri, lambda fs, path: fs.exists(path)))
+    return bool(_attempt(uri, lambda fs, path, **limit: fs.exists(path, **limit)))
 
 
 def require(uri: str) -> None:
@@ -119,7 +125,7 @@ def require(uri: str) -> None:
 
 def delete(uri: str) -> None:
     """Removes an object, or a folder with all that is below it."""
-    _attempt(uri, lambda fs, path: fs.rm(path, recursive=True))
+    _attempt(uri, lambda fs, path, **limit: fs.rm(path, recursive=True, **limit))
 
 
 def rename(old_uri: str, new_uri: str) -> None:
@@ -127,9 +133,11 @@ def rename(old_uri: str, new_uri: str) -> None:
     if not is_remote(old_uri):
         _attempt(old_uri, lambda fs, path: fs.mv(path, absolute(new_uri)))
         return
-    for uri in list_objects(old_uri):
+    for uri, size in list_objects(old_uri).items():
         target = new_uri.rstrip("/") + uri[len(old_uri.rstrip("/")) :]
-        _attempt(uri, lambda fs, path, to=target: fs.cp_file(path, fs._strip_protocol(to)))
+        _attempt(
+            uri, lambda fs, path, to=target, **limit: fs.cp_file(path, to, **limit), num_bytes=size
+        )
     delete(old_uri)
 
 
@@ -148,21 +156,27 @@ def _options(uri: str) -> dict[str, Any]:
     return _S3_OPTIONS if uri.startswith("s3://") else {}
 
 
-def _attempt(uri: str, action: Callable[[Any, str], T]) -> T:
-    """Runs an action on the URI's file system; transient errors are retried with jitter."""
-    give_up = time.monotonic() + DEADLINE_S
+def _attempt(uri: str, action: Callable[..., T], num_bytes: int = 0) -> T:
+    """Runs an action on the URI's file system; transient errors are retried with jitter.
+
+    A read times out where nothing arrives for long, but not where a byte a second does; so a try
+    also ends when half of the time left is over, and another one follows.
+    """
+    give_up = time.monotonic() + DEADLINE_S + num_bytes / _SLOW_LINE
     for turn in range(100):
         try:
             fs, path = fsspec.url_to_fs(absolute(uri), **_options(uri))
             fs.retries = 1  # of s3fs, which would try five times in every turn of ours
-            return action(fs, path)
+            limit = {"timeout": (give_up - time.monotonic()) / 2} if fs.async_impl else {}
+            return action(fs, path, **limit)
         except Exception as error:
             refusal = _permanent(uri, error)
             if refusal is not None:
                 raise refusal from error
             wait_s = min(8.0, 0.2 * 2**turn) * random.uniform(0.5, 1.5)
             if turn >= 5 or time.monotonic() + wait_s > give_up:
-                words = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                said = str(error) or "too slow"
+                words = f"{type(error).__name__}: {said}".splitlines()[0][:200]
                 raise StorageError(
                     f"{uri}: out of reach after {turn + 1} tries ({words})"
                 ) from error
@@ -179,6 +193,8 @@ def _permanent(uri: str, error: Exception) -> StorageError | None:
         return StorageError(f"{uri}: is a folder")
     if "ExpiredToken" in text:
         return StorageError(f"{uri}: the credentials have expired; renew them")
+    if "RequestTimeTooSkewed" in text:
+        return StorageError(f"{uri}: this machine's clock is wrong; set it")
     denied = ("AccessDenied", "Forbidden", "SignatureDoesNotMatch", "InvalidAccessKeyId", "(403)")
     if isinstance(error, PermissionError) or any(word in text for word in denied):
         return StorageError(f"{uri}: access refused; check AWS_ACCESS_KEY_ID and its permissions")

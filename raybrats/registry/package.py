@@ -25,7 +25,7 @@ from raybrats.errors import RegistrationError, TrackingError, UsageError
 from raybrats.registry.tracking import Run, spoken_to
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-_NEEDS = ("torch", "monai", "numpy", "scipy", "nibabel", "deflate", "safetensors", "pydantic")
+_NEEDS = ("torch", "monai", "numpy", "numba", "safetensors", "pydantic")
 """What the packaged code imports."""
 
 

@@ -29,8 +29,10 @@ def inside(prepared: Prepared) -> np.ndarray:
 
 
 def network_input(prepared: Prepared) -> np.ndarray:
-    gain, bias = (v[:, None, None, None] for v in (prepared.gain, prepared.bias))
-    return np.where(inside(prepared), gain * prepared.image + bias, 0)
+    gain, bias, low, high = (
+        v[:, None, None, None] for v in (prepared.gain, prepared.bias, prepared.low, prepared.high)
+    )
+    return np.where(inside(prepared), gain * prepared.image.clip(low, high) + bias, 0)
 
 
 def zscore(image: np.ndarray, brain: np.ndarray) -> np.ndarray:
@@ -72,6 +74,100 @@ def test_minmax_is_that_of_numpy(phantom):
     expected = (image - low[:, None, None, None]) / (high - low)[:, None, None, None]
     expected = np.where(brain, expected, 0)[:, *prepared.box]
     assert np.allclose(network_input(prepared), expected, atol=1e-5)
+
+
+percents = st.one_of(st.sampled_from([0.0, 0.5, 1.0, 50.0, 99.5, 100.0]), st.floats(0, 100))
+
+
+@given(
+    brain=arrays(
+        np.int16,
+        st.tuples(*[st.integers(1, 6)] * 3),
+        elements=st.integers(-32768, 32767).filter(bool),
+        fill=st.nothing(),
+    ),
+    ends=st.tuples(percents, percents).filter(lambda pair: pair[0] < pair[1]),
+)
+@settings(max_examples=100, deadline=None)
+def test_percentiles_are_voxels_as_numpys_inverted_cdf(brain, ends):
+    for end in ends:  # where they fall between two voxels, rounding decides
+        number = brain.size * end / 100
+        assume(end in (0, 50, 100) or abs(number - round(number)) > 1e-6)
+    image = np.pad(brain, 1)
+    prepared = prepare([image], normalisation="percentile", percentiles=ends)
+    low, high = np.percentile(brain, ends, method="inverted_cdf")
+    assert (prepared.low[0], prepared.high[0]) == (low, high)
+    if low < high:
+        scaled = (brain.clip(low, high).astype(float) - low) / (float(high) - low)
+        assert np.allclose(network_input(prepared)[0], scaled, atol=1e-2 / (float(high) - low))
+    else:
+        assert (prepared.gain[0], prepared.bias[0]) == (0, 0)
+
+
+def test_percentile_is_from_zero_to_one_between_its_ends(phantom):
+    image, _ = phantom
+    prepared = prepare(list(image), normalisation="percentile", percentiles=(2, 98))
+    brain = (image != 0).any(axis=0)
+    low, high = np.percentile(image[:, brain], (2, 98), axis=1, method="inverted_cdf")
+    assert (prepared.low.tolist(), prepared.high.tolist()) == (low.tolist(), high.tolist())
+    low, high = low[:, None, None, None], high[:, None, None, None]
+    expected = np.where(brain, (image.clip(low, high) - low) / (high - low), 0)
+    assert np.allclose(network_input(prepared), expected[:, *prepared.box], atol=1e-5)
+    values = network_input(prepared)[:, inside(prepared)]
+    assert np.allclose([values.min(axis=1), values.max(axis=1)], [[0] * 4, [1] * 4], atol=1e-5)
+
+
+@pytest.mark.parametrize("normalisation", ["zscore", "minmax"])
+def test_nothing_is_clipped_by_the_other_normalisations(phantom, normalisation: str):
+    prepared = prepare(list(phantom[0]), normalisation=normalisation)
+    assert set(prepared.low.tolist()) == {-32768}
+    assert set(prepared.high.tolist()) == {32767}
+
+
+def test_tumour_outside_the_brain_is_kept_in_the_box():
+    image, labels = np.zeros(SHAPE, np.int16), np.zeros(SHAPE, np.uint8)
+    image[8:12, 8:12, 8:12] = np.arange(1, 65).reshape(4, 4, 4)
+    labels[2, 9, 9], labels[10, 10, 17], labels[9, 9, 9] = 1, 2, 3
+    prepared = prepare([image], labels)
+    assert prepared.box == (slice(2, 12), slice(8, 12), slice(8, 18))
+    assert np.array_equal(restore(prepared.labels, prepared), labels)
+    assert prepared.counts.tolist() == [397, 1, 1, 1]
+    bare = prepare([image])
+    assert bare.box == (slice(8, 12),) * 3
+    assert np.array_equal([prepared.gain, prepared.bias], [bare.gain, bare.bias])
+
+
+@given(
+    labels=arrays(
+        np.uint8, st.tuples(*[st.integers(1, 7)] * 3), elements=st.integers(0, 3), fill=st.just(0)
+    ),
+    shown=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_tumour_is_listed_class_by_class_along_the_memory(labels, shown):
+    assume(shown or labels.any())
+    image = np.pad(np.full(labels.shape, 9 if shown else 0, np.int16), 1)
+    prepared = prepare([image], np.pad(labels, 1))
+    in_memory = prepared.labels.T.ravel()
+    assert prepared.tumour.dtype == np.int32
+    parts = np.split(prepared.tumour, np.cumsum(prepared.counts[1:])[:2])
+    for label, part in zip((1, 2, 3), parts, strict=True):
+        assert part.tolist() == np.flatnonzero(in_memory == label).tolist()
+    assert prepared.counts.tolist() == np.bincount(in_memory, minlength=4).tolist()
+    bare = prepare([np.pad(np.full(labels.shape, 9, np.int16), 1)])
+    assert (len(bare.tumour), bare.counts.tolist()) == (0, [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("background", [-1e6, 1e6, 0.0])
+def test_a_background_far_from_the_brain_costs_no_precision(background: float):
+    rng = np.random.default_rng(0)
+    image = np.full(SHAPE, background, np.float64)
+    image[6:16, 6:16, 5:15] = rng.normal(3, 1e-2, (10, 10, 10))
+    prepared = prepare([image])
+    brain = image != background
+    assert np.array_equal(inside(prepared), brain[prepared.box])
+    expected = zscore(image[None], brain)[:, *prepared.box]
+    assert np.abs(network_input(prepared) - expected).max() < 3e-4  # half a step, in deviations
 
 
 @given(
@@ -191,6 +287,14 @@ def test_a_constant_modality_becomes_zero(phantom, value: float, normalisation: 
     empty = prepare([*image[:3], np.zeros(SHAPE, np.int16)], normalisation=normalisation)
     assert (empty.gain[3], empty.bias[3]) == (0, 0)
     assert empty.box == prepared.box
+
+
+@pytest.mark.parametrize("value", [32_767, -32_003])
+def test_a_constant_modality_becomes_zero_however_many_voxels_it_has(value: int):
+    flat = np.full((209, 207, 208), value, np.int16)
+    flat[0, 0, 0] = 0  # else the value is the background; an odd number of voxels is left
+    prepared = prepare([flat])
+    assert (prepared.gain[0], prepared.bias[0]) == (0, 0)
 
 
 def test_a_case_without_brain_is_refused():

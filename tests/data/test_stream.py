@@ -1,28 +1,38 @@
 """A rank's batches through Ray are its draws of the plan, cut as a direct call would cut them."""
 
+import random
 import shutil
-from collections.abc import Sequence
-from dataclasses import fields
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import ray
 import torch
+from fault_proxy import FaultProxy, fault_proxy
+from ray.util.state import list_tasks
 from services import S3, RayHead, upload_folder
 
-from raybrats.config import TrainConfig, override
-from raybrats.data import cohort, index
+from raybrats.config import TrainConfig, override, override_all
+from raybrats.data import cohort, index, stream
 from raybrats.data.batch import Batch
-from raybrats.data.cohort import Case
-from raybrats.data.patch import PatchRule, choose_corner, cut
+from raybrats.data.cache import Tally
+from raybrats.data.case import Case
+from raybrats.data.patch import PatchRule, draw_patch, volume_size
 from raybrats.data.phantom import write_phantoms
-from raybrats.data.plan import Plan, generator
-from raybrats.data.stream import Share, open_stream
+from raybrats.data.plan import Plan
+from raybrats.data.stream import Share, Stream
 from raybrats.errors import DataError
 from raybrats.recipes import tiny
 
 pytestmark = pytest.mark.ray
 SIZE = (16, 24, 16)
 STEPS = 4
+CPUS = 2.0  # four tasks: Ray keeps as many idle workers as the cluster has CPUs, and ends others
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +47,43 @@ def cases(tree: Path) -> list[Case]:
     return [cohort.verify_case(case) for case in cohort.find_cases(str(tree))]
 
 
-@pytest.fixture(scope="module")
-def config() -> TrainConfig:
-    changed = override(tiny(), "data.patch_size", SIZE)
-    return override(changed, "data.modalities", ("t1ce", "flair", "t2"))
+def config_in(folder: Path) -> TrainConfig:
+    changes = {
+        "data.patch_size": SIZE,
+        "data.modalities": ("t1ce", "flair", "t2"),
+        "data.cache_dir": str(folder / "cache"),
+    }
+    return override_all(tiny(), changes)
+
+
+@pytest.fixture
+def config(ray_cluster: RayHead, tmp_path: Path) -> TrainConfig:
+    """Batches of four, kept in a cache of this test's own, which is empty."""
+    assert ray_cluster.address
+    return config_in(tmp_path)
 
 
 def batches(
     config: TrainConfig, cases: Sequence[Case], rank: int, world: int, start: int
 ) -> list[Batch]:
-    return list(open_stream(config, cases, Share(rank, world, start, STEPS, cpus=2.0)))
+    return list(Stream(config, cases, Share(rank, world, start, STEPS, CPUS)))
 
 
 @pytest.fixture(scope="module")
-def alone(ray_cluster: RayHead, config: TrainConfig, cases: list[Case]) -> list[Batch]:
+def alone(
+    ray_cluster: RayHead, cases: list[Case], tmp_path_factory: pytest.TempPathFactory
+) -> list[Batch]:
     """The batches of a single rank from the first step."""
     assert ray_cluster.address
-    return batches(config, cases, rank=0, world=1, start=0)
+    return batches(config_in(tmp_path_factory.mktemp("alone")), cases, rank=0, world=1, start=0)
 
 
 def same(first: Batch, second: Batch) -> bool:
     return all(torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Batch))
+
+
+def all_same(first: Sequence[Batch], second: Sequence[Batch]) -> bool:
+    return len(first) == len(second) and all(map(same, first, second))
 
 
 def places(batch: Batch, where: slice) -> Batch:
@@ -71,30 +97,42 @@ def test_one_rank_gets_whole_batches_in_the_order_of_the_plan(alone: list[Batch]
     for batch in alone:
         assert batch.image.shape == (4, 3, *SIZE)
         assert batch.labels.shape == (4, *SIZE)
-        assert batch.gain.shape == batch.bias.shape == batch.background.shape == (4, 3)
         assert (batch.image.dtype, batch.labels.dtype) == (torch.int16, torch.uint8)
+        assert batch.image.stride()[2] == batch.labels.stride()[1] == 1
         assert (batch.gain.dtype, batch.bias.dtype) == (torch.float32, torch.float32)
+        for name in ("gain", "bias", "low", "high", "background"):
+            assert getattr(batch, name).shape == (4, 3)
+        for name in ("low", "high", "background"):
+            assert getattr(batch, name).dtype == torch.int16
 
 
+@pytest.mark.parametrize(
+    ("sampling", "size"),
+    [("random", SIZE), ("grid", SIZE), ("slices", (16, 24, 1)), ("volume", SIZE)],
+)
 def test_the_patches_are_those_of_a_direct_cut(
-    alone: list[Batch], config: TrainConfig, cases: list[Case]
+    config: TrainConfig, cases: list[Case], sampling: str, size: tuple[int, int, int]
 ):
+    config = override_all(config, {"data.sampling": sampling, "data.patch_size": size})
+    if sampling == "volume":
+        size = volume_size([case.box for case in cases], config.network.stride)
     plan = Plan(len(cases), config.optim.global_batch, config.run.seed)
-    rule = PatchRule(SIZE, config.data.foreground_share)
-    tumours = 0
-    for batch in alone:
-        for place, draw in enumerate(batch.draw.tolist()):
-            case = cases[plan.case_of(draw)]
-            prepared = cohort.prepare_case(case, ("t1ce", "flair", "t2"), "zscore")
-            corner = choose_corner(prepared.labels, rule, generator(config.run.seed, draw, 0))
-            image, labels = cut(prepared, corner, SIZE)
-            assert torch.equal(batch.image[place], torch.from_numpy(image))
-            assert torch.equal(batch.labels[place], torch.from_numpy(labels))
-            assert batch.gain[place].tolist() == prepared.gain.tolist()
-            assert batch.bias[place].tolist() == prepared.bias.tolist()
-            assert batch.background[place].tolist() == [0, 0, 0]
-            tumours += bool(labels.any())
-    assert tumours > 4 * STEPS / 2
+    visits = [v for w in plan.visits(rank=0, world=1, start=0, stop=STEPS) for v in w]
+    rule, tumours = PatchRule(config.data, size, config.run.seed), 0
+    streamed = batches(config, cases, rank=0, world=1, start=0)
+    rows = [places(batch, slice(place, place + 1)) for batch in streamed for place in range(4)]
+    for row, visit in zip(rows, visits, strict=True):
+        prepared = cohort.prepare_case(cases[visit.case], config.data)
+        (draw,) = visit.draws
+        image, labels = draw_patch(prepared, rule, draw=draw, case=visit.case, turn=visit.turn)
+        assert row.draw.tolist() == [draw]
+        assert torch.equal(row.image[0], torch.from_numpy(image))
+        assert torch.equal(row.labels[0], torch.from_numpy(labels))
+        assert row.image.shape[2:] == size
+        for name in ("gain", "bias", "low", "high", "background"):
+            assert getattr(row, name)[0].tolist() == getattr(prepared, name).tolist()
+        tumours += bool(labels.any())
+    assert tumours > len(rows) / 4
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -102,15 +140,195 @@ def test_a_rank_of_two_resumed_in_the_middle_gets_its_half(
     alone: list[Batch], config: TrainConfig, cases: list[Case], rank: int
 ):
     mine = batches(config, cases, rank=rank, world=2, start=2)
-    assert len(mine) == STEPS - 2
-    for batch, whole in zip(mine, alone[2:], strict=True):
-        assert same(batch, places(whole, slice(rank, None, 2)))
+    assert all_same(mine, [places(whole, slice(rank, None, 2)) for whole in alone[2:]])
+
+
+def test_a_run_resumed_among_the_patches_of_one_visit_goes_on_bit_for_bit(
+    config: TrainConfig, cases: list[Case]
+):
+    config = override(config, "data.patches_per_case", 3)
+    whole = list(Stream(config, cases, Share(0, 1, 0, 7, CPUS)))
+    assert [batch.draw.tolist() for batch in whole] == [
+        list(range(4 * step, 4 * step + 4)) for step in range(7)
+    ]
+    assert all_same(list(Stream(config, cases, Share(0, 1, 4, 7, CPUS))), whole[4:])
+    for rank in (0, 1):
+        half = [places(batch, slice(rank, None, 2)) for batch in whole[4:]]
+        assert all_same(list(Stream(config, cases, Share(rank, 2, 4, 7, CPUS))), half)
+
+
+def test_no_stop_and_no_change_of_workers_loses_repeats_or_moves_a_draw(
+    config: TrainConfig, cases: list[Case]
+):
+    size, steps = {"data.patch_size": (8, 8, 8), "optim.global_batch": 12}, 24
+    config = override_all(config, size)
+    stops = sorted(random.Random(1).sample(range(1, steps), 20))
+    seen: list[int] = []
+    with ThreadPoolExecutor(4) as workers:
+        for segment, (start, stop) in enumerate(pairwise([0, *stops, steps])):
+            world = 1 + segment % 4
+            shares = [Share(r, world, start, stop, CPUS / world) for r in range(world)]
+            streams = workers.map(lambda share: list(Stream(config, cases, share)), shares)
+            for of_one_step in zip(*streams, strict=True):
+                seen += torch.stack([batch.draw for batch in of_one_step], dim=1).ravel().tolist()
+    missing = set(range(12 * steps)) - set(seen)
+    duplicate = [draw for draw, count in Counter(seen).items() if count > 1]
+    out_of_order = [after for before, after in pairwise(seen) if after < before]
+    assert len(missing) == 0
+    assert len(duplicate) == 0
+    assert len(out_of_order) == 0
+
+
+def test_a_draw_is_the_same_patch_without_a_cache_and_from_a_cold_and_a_warm_one(
+    alone: list[Batch], config: TrainConfig, cases: list[Case]
+):
+    share = Share(0, 1, 0, STEPS, CPUS)
+    without = Stream(override(config, "data.cache_gb", 0.0), cases, share)
+    cold, warm = Stream(config, cases, share), Stream(config, cases, share)
+    for tried in (without, cold, warm):
+        assert all_same(list(tried), alone)
+    assert without.tally == Tally(misses=16)
+    assert cold.tally == Tally(misses=5, hits=11)
+    assert warm.tally == Tally(hits=16)
+
+
+def test_cases_damaged_in_the_cache_are_made_anew_in_the_middle_of_a_run(
+    alone: list[Batch], config: TrainConfig, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stream, "VISITS_AT_ONCE", 1)  # nothing is read ahead of a step
+    running = Stream(config, cases, Share(0, 1, 0, STEPS, CPUS))
+    steps = iter(running)
+    before = [next(steps), next(steps)]
+    assert running.tally == Tally(misses=5, hits=3)
+    for entry in Path(config.data.cache_dir).glob("*.safetensors"):
+        data = bytearray(entry.read_bytes())
+        data[-1] ^= 1
+        entry.write_bytes(data)
+    assert all_same([*before, *steps], alone)
+    assert running.tally == Tally(misses=10, hits=6, damaged=5)
+
+
+def tasks_of_streams() -> Counter[str]:
+    """How many tasks that open cases Ray knows, by state."""
+    which = [("name", "=", "FlatMap(PatchTask)")]
+    found = list_tasks(filters=which, limit=10_000, raise_on_missing_output=False)
+    return Counter(task.state for task in found)
+
+
+def test_closing_a_stream_early_ends_its_tasks(config: TrainConfig, cases: list[Case]):
+    steps, known = 150, tasks_of_streams().total()
+    batches = iter(Stream(config, cases, Share(0, 1, 0, steps, CPUS)))
+    assert next(batches).draw.tolist() == [0, 1, 2, 3]
+    batches.close()
+    ended, deadline = {"FINISHED", "FAILED"}, time.monotonic() + 30
+    time.sleep(2)  # Ray hears of its tasks once a second
+    while not (left := tasks_of_streams()).keys() <= ended and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left.keys() <= ended
+    assert left.total() - known < 4 * steps
+    time.sleep(2)
+    assert tasks_of_streams() == left
+    resumed = iter(Stream(config, cases, Share(0, 1, 1, steps, CPUS)))
+    assert next(resumed).draw.tolist() == [4, 5, 6, 7]
+    resumed.close()
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A cohort of six cases in a bucket, and the proxy through which it is to be read."""
+
+    cases: list[Case]
+    sizes: dict[str, int]
+    """Bytes of each object, by the path of its URL."""
+    proxy: FaultProxy
+
+
+@pytest.fixture(scope="module")
+def uploaded(
+    ray_cluster: RayHead, s3: S3, new_bucket, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Uploaded]:
+    assert ray_cluster.address
+    root, bucket = tmp_path_factory.mktemp("uploaded"), new_bucket()
+    write_phantoms(str(root), num_cases=6, shape=(32, 32, 24), edition="2021")
+    uri = upload_folder(s3, root, bucket, "cases")
+    found = [cohort.verify_case(case) for case in cohort.find_cases(uri)]
+    uris = [(*case.image_uris, case.label_uri) for case in found]
+    sizes = {
+        uri.removeprefix("s3:/"): size
+        for case, of_case in zip(found, uris, strict=True)
+        for uri, size in zip(of_case, case.sizes, strict=True)
+    }
+    with fault_proxy(s3.endpoint) as proxy:
+        yield Uploaded(found, sizes, proxy)
+
+
+@ray.remote(num_cpus=0)
+def drained(config: TrainConfig, cases: list[Case], share: Share) -> tuple[Tally, list[int]]:
+    """As a worker of a run would: the stream's tally and its draws."""
+    stream = Stream(config, cases, share)
+    draws = [draw for batch in stream for draw in batch.draw.tolist()]
+    return stream.tally, draws
+
+
+def drained_at_once(
+    uploaded: Uploaded, config: TrainConfig, shares: list[Share]
+) -> tuple[Tally, list[int]]:
+    """Streams side by side, each in a process of its own, whose requests are counted."""
+    uploaded.proxy.inject([])
+    variables = {"AWS_ENDPOINT_URL": uploaded.proxy.endpoint}
+    each = drained.options(runtime_env={"env_vars": variables})  # its tasks inherit it
+    found = ray.get([each.remote(config, uploaded.cases, share) for share in shares], timeout=300)
+    return sum((tally for tally, _ in found), Tally()), sorted(
+        d for _, draws in found for d in draws
+    )
+
+
+def objects_read(uploaded: Uploaded) -> tuple[Counter[tuple[str, str]], int]:
+    """The requests that came by, and the bytes that were answered."""
+    seen = uploaded.proxy.seen
+    return Counter((r.method, r.path) for r in seen), sum(r.num_bytes for r in seen)
+
+
+@pytest.mark.s3
+def test_two_ranks_read_each_object_once_in_the_first_epoch_and_never_again(
+    uploaded: Uploaded, config: TrainConfig
+):
+    config = override(config, "optim.global_batch", 2)
+    once = Counter(("GET", path) for path in uploaded.sizes)
+    first = [Share(rank, 2, 0, 3, CPUS / 2) for rank in (0, 1)]
+    assert drained_at_once(uploaded, config, first) == (Tally(misses=6), list(range(6)))
+    assert objects_read(uploaded) == (once, sum(uploaded.sizes.values()))
+    second = [Share(rank, 2, 3, 6, CPUS / 2) for rank in (0, 1)]
+    assert drained_at_once(uploaded, config, second) == (Tally(hits=6), list(range(6, 12)))
+    assert objects_read(uploaded) == (Counter(), 0)
+
+
+@pytest.mark.s3
+def test_two_trials_that_want_the_same_cases_at_once_read_each_object_once(
+    uploaded: Uploaded, config: TrainConfig
+):
+    config = override(config, "optim.global_batch", 2)
+    shares = [Share(0, 1, 0, 3, CPUS / 2)] * 2
+    tally, draws = drained_at_once(uploaded, config, shares)
+    assert (tally, draws) == (Tally(misses=6, hits=6), sorted([*range(6), *range(6)]))
+    once = Counter(("GET", path) for path in uploaded.sizes)
+    assert objects_read(uploaded) == (once, sum(uploaded.sizes.values()))
+
+
+@pytest.mark.s3
+def test_without_a_cache_each_visit_reads_its_case_and_nothing_more(
+    uploaded: Uploaded, config: TrainConfig
+):
+    config = override_all(config, {"optim.global_batch": 2, "data.cache_gb": 0.0})
+    tally, _ = drained_at_once(uploaded, config, [Share(0, 1, 0, 6, CPUS)])
+    assert tally == Tally(misses=12)
+    twice = Counter({("GET", path): 2 for path in uploaded.sizes})
+    assert objects_read(uploaded) == (twice, 2 * sum(uploaded.sizes.values()))
 
 
 def test_a_file_changed_since_indexing_ends_the_stream_by_name(
-    ray_cluster: RayHead, config: TrainConfig, tree: Path, tmp_path: Path
+    config: TrainConfig, tree: Path, tmp_path: Path
 ):
-    assert ray_cluster.address
     copy = Path(shutil.copytree(tree, tmp_path / "tree"))
     moved = [cohort.verify_case(case) for case in cohort.find_cases(str(copy))]
     for file in copy.glob("*/*-t1c.nii.gz"):

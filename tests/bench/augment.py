@@ -1,0 +1,145 @@
+"""Milliseconds a batch of normalisation and of each change, beside a copy and a training step.
+
+    python tests/bench/augment.py [--device cuda] [--edge 128] [--rounds 20] [--no-step] [--json]
+
+Each change is forced on for every patch (blur and low resolution for their share of the
+modalities); "default mix" is the mean over the draws of `AugmentConfig()`. Rounds are interleaved.
+Needs torch, numpy and, for the step, MONAI; neither Ray nor MLflow.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import numpy as np
+import torch
+
+from raybrats.config import AugmentConfig, TrainConfig
+from raybrats.data.augment import augment
+from raybrats.data.batch import Batch, normalise
+from raybrats.data.phantom import make_phantom
+from raybrats.data.prepare import prepare
+from raybrats.recipes import nnunet
+
+OPERATIONS = (
+    "rotation",
+    "scale",
+    "elastic",
+    "bias_field",
+    "noise",
+    "blur",
+    "brightness",
+    "contrast",
+    "low_resolution",
+    "inverted_gamma",
+    "gamma",
+    "drop_modality",
+    "mirror",
+)
+COPY, MIX, STEP = "copy of the float32 batch", "default mix (mean)", "nnunet step"
+
+
+def phantom_batch(size: int, edge: int) -> Batch:
+    """Patches that are whole phantom heads, as they travel."""
+    rows = []
+    for index in range(size):
+        image, labels = make_phantom(index, shape=(edge,) * 3)
+        prepared = prepare(list(image), labels)
+        rows.append(vars(prepared) | {"image": image, "labels": labels, "draw": np.int64(index)})
+    columns = {f.name: np.stack([row[f.name] for row in rows]) for f in fields(Batch)}
+    return Batch(**{name: torch.from_numpy(column) for name, column in columns.items()})
+
+
+def peers(batch: Batch, *, with_step: bool) -> dict[str, Callable[[int], object]]:
+    """What is timed, each called with the number of the round."""
+    image, brain = normalise(batch)
+    samples, size = (image, batch.labels, brain), len(image)
+
+    def changes(config: AugmentConfig) -> Callable[[int], object]:
+        return lambda turn: augment(config, 0, torch.arange(size) + turn * size, samples)
+
+    never = AugmentConfig(**dict.fromkeys(OPERATIONS, 0.0))
+    table: dict[str, Callable[[int], object]] = {
+        COPY: lambda _: image.clone(),
+        "normalise": lambda _: normalise(batch),
+        "nothing switched on": changes(never),
+    }
+    table |= {name: changes(replace(never, **{name: 1.0})) for name in OPERATIONS}
+    table[MIX] = changes(AugmentConfig())
+    if with_step:
+        table[STEP] = training_step(nnunet(), image, batch.labels)
+    return table
+
+
+def training_step(
+    config: TrainConfig, image: torch.Tensor, labels: torch.Tensor
+) -> Callable[[int], object]:
+    """Forward, loss, backward and the optimiser, on patches that are ready."""
+    from raybrats.model.network import heads
+    from raybrats.train.loop import new_learner
+
+    learner, kind = new_learner(config, image.device), image.device.type
+    learner.network.train()
+
+    def step(_: int) -> None:
+        with torch.autocast(kind, torch.bfloat16, config.optim.precision == "bf16"):
+            loss = learner.loss(heads(learner.network(image)), labels)
+        learner.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        learner.optimizer.step()
+
+    return step
+
+
+def measure(
+    table: dict[str, Callable[[int], object]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Milliseconds of each: the median, but of the default mix the mean, since draws differ."""
+    spent: dict[str, list[float]] = {name: [] for name in table}
+    for turn in range(-1, rounds):
+        for name, call in table.items():
+            wait(device)
+            began = time.perf_counter()
+            call(turn + 1)
+            wait(device)
+            if turn >= 0:
+                spent[name].append(1e3 * (time.perf_counter() - began))
+    return {
+        name: (statistics.fmean if name == MIX else statistics.median)(values)
+        for name, values in spent.items()
+    }
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--edge", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--no-step", action="store_true", help="leave the training step out")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    batch = phantom_batch(options.batch, options.edge).to(device)
+    times = measure(peers(batch, with_step=not options.no_step), options.rounds, device)
+    shape = f"{options.batch}x4x{options.edge}^3 on {options.device}, torch {torch.__version__}"
+    if options.json:
+        json.dump({"batch": shape, "rounds": options.rounds, "ms": times}, sys.stdout, indent=1)
+        return
+    print(f"{shape}, {options.rounds} rounds\n{'':28}  ms a batch    x copy  % of step")
+    for name, ms in times.items():
+        share = f"{100 * ms / times[STEP]:9.1f}" if STEP in times else f"{'-':>9}"
+        print(f"{name:28}{ms:12.2f}{ms / times[COPY]:10.1f}  {share}")
+
+
+if __name__ == "__main__":
+    main()
