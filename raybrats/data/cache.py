@@ -14,6 +14,7 @@ import re
 import tempfile
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -36,6 +37,8 @@ _STALE_S = 3600.0
 """Age of a file written aside whose writer is taken for dead."""
 _LOCKS = 256
 """Cases that are prepared at once on a node, at most; two of one lock wait for each other."""
+_KEPT_OPEN = 8
+"""Entries that a process keeps mapped; their room on the disk is held even if they are removed."""
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 """Names of entries; whatever else lies in the folder is not ours to remove."""
 _DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "I16": "<i2", "U8": "|u1"}
@@ -59,12 +62,18 @@ class Tally:
         return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Tally)))
 
 
+Mark = tuple[str, int, int]
+"""Name, inode and time of an entry; another one under its name has another."""
+
+
 @dataclass
 class _Process:
     """What this process remembers."""
 
-    verified: set[tuple[str, int, int]] = field(default_factory=set)
-    """Name, inode and time of the entries whose digest it has compared."""
+    verified: set[Mark] = field(default_factory=set)
+    """Entries whose digest it has compared."""
+    open: OrderedDict[Mark, Prepared] = field(default_factory=OrderedDict)
+    """The entries it used last, still mapped: mapping one anew costs a millisecond."""
     resting_until: float = 0.0
     told: bool = False
 
@@ -140,21 +149,29 @@ def _key(case: Case, data: DataConfig) -> str:
 def _read(entry: Path) -> tuple[Prepared | None, int]:
     """The case of an entry, or None; and whether there was one that is damaged, now removed."""
     try:
-        with entry.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        stat = entry.stat()
         mark = (entry.name, stat.st_ino, stat.st_mtime_ns)
-        case = _unpacked(_arrays(mapped, verify=mark not in _process.verified))
+        case = _process.open.pop(mark, None) or _opened(entry, mark)
     except FileNotFoundError:
         return None, 0
     except (ValueError, KeyError, TypeError, AttributeError):
         with suppress(FileNotFoundError):
             entry.unlink()
         return None, 1
-    _process.verified.add(mark)
+    _process.open[mark] = case
+    if len(_process.open) > _KEPT_OPEN:
+        _process.open.popitem(last=False)
     with suppress(OSError):  # it was removed meanwhile, or the disk is read-only
         os.utime(entry, ns=(time.time_ns(), stat.st_mtime_ns))  # what eviction goes by
     return case, 0
+
+
+def _opened(entry: Path, mark: Mark) -> Prepared:
+    with entry.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    case = _unpacked(_arrays(mapped, verify=mark not in _process.verified))
+    _process.verified.add(mark)
+    return case
 
 
 def _arrays(mapped: mmap.mmap, verify: bool) -> dict[str, np.ndarray]:

@@ -1,13 +1,15 @@
 """A case: its row in a cohort, and its files opened together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from raybrats.brats import MODALITIES
 from raybrats.data import source, storage
 from raybrats.data.prepare import labels_from
+from raybrats.data.source import Source
 from raybrats.data.volume import Grid, Volume, on_one_grid
 from raybrats.errors import DataError
 
@@ -54,6 +56,15 @@ class Case:
         return tuple(m for m, uri in zip(MODALITIES, self.image_uris, strict=True) if not uri)
 
 
+def from_row(row: Mapping[str, Any]) -> Case:
+    """The case of a row of plain values, lists where a case has tuples.
+
+    Raises:
+        TypeError: the row has other fields.
+    """
+    return Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+
+
 @dataclass(frozen=True)
 class Opened:
     """A case in memory."""
@@ -63,8 +74,18 @@ class Opened:
     labels: np.ndarray | None
     grid: Grid
     """Of the first image file."""
-    sizes: tuple[int, ...]
-    digests: tuple[str, ...]
+    sources: tuple[Source | None, ...]
+    """The image files, None for a missing one, then the label file."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each source."""
+        return tuple(found.size if found else 0 for found in self.sources)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Sha256 of each source."""
+        return tuple(found.digest if found else "" for found in self.sources)
 
 
 def open_case(case: Case, *, need_labels: bool = False) -> Opened:
@@ -94,8 +115,7 @@ def open_case(case: Case, *, need_labels: bool = False) -> Opened:
         volumes=_modalities(case, images),
         labels=labels,
         grid=images[0].grid,
-        sizes=tuple(found.size if found else 0 for found in sources),
-        digests=case.digests or tuple(found.digest if found else "" for found in sources),
+        sources=tuple(sources),
     )
 
 

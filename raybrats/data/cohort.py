@@ -12,7 +12,7 @@ import numpy as np
 from raybrats.brats import MODALITIES
 from raybrats.config import NUM_FOLDS, DataConfig
 from raybrats.data import layout, storage
-from raybrats.data.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, open_case
+from raybrats.data.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, from_row, open_case
 from raybrats.data.prepare import Prepared, prepare
 from raybrats.data.volume import canonical_spacing
 from raybrats.errors import ChangedObjectError, DataError, MissingObjectError
@@ -121,9 +121,7 @@ def read_cohort(uri: str) -> list[Case]:
         raise DataError(
             f"{uri}: not a cohort file ({error}); make one by `raybrats index`"
         ) from None
-    cases = [
-        Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in rows
-    ]
+    cases = [from_row(row) for row in rows]
     _check_rows(cases, uri)
     return cases
 

@@ -78,18 +78,21 @@ def prepare(
     whole = tuple(_stored(voxels) for voxels, _ in pairs)
     background = np.array([outside for _, outside in pairs], np.int16)
     box, sums = scan.brain(whole, background)
-    if labels is not None:
-        box = _joined(box, scan.tumour(_stored(labels))[0])
+    mask = None if labels is None else _stored(labels)
+    if mask is not None:
+        box = _joined(box, scan.tumour(mask)[0])
     if not box.any():
         raise DataError("every voxel is background; is the volume empty?")
     spans = tuple(slice(int(first), int(last)) for first, last in box)
-    image = np.stack([voxels[spans] for voxels in whole])
+    image = np.empty((len(whole), *np.diff(box)[:, 0]), np.int16)
+    for modality, voxels in zip(image, whole, strict=True):
+        modality[:] = voxels[spans]
     if normalisation == "percentile":
         low, high = _percentiles(scan.histogram(image, background), percentiles)
     else:
         low, high = np.full(len(whole), _INT16.min), np.full(len(whole), _INT16.max)
     gain, bias = _gain_bias(sums, low, high, normalisation)
-    cropped = None if labels is None else _stored(labels)[spans].copy()
+    cropped = None if mask is None else mask[spans].copy()
     counts = np.zeros(4, np.int64) if cropped is None else scan.tumour(cropped)[1]
     return Prepared(
         image=image.transpose(0, 3, 2, 1),
@@ -168,12 +171,17 @@ def _whole(volume: "Volume", name: str) -> np.ndarray:
     Raises:
         DataError: one is not.
     """
+    from raybrats.data import scan
+
     plain = (volume.slope, volume.intercept) == (1.0, 0.0)
     if plain and volume.voxels.dtype.kind in "iu":
         return volume.voxels
     exact = volume.voxels if plain else volume.values
+    labels = scan.rounded(_stored(exact))
+    if labels is not None:
+        return labels.T
     rounded = np.rint(exact)
-    if np.abs(exact - rounded).max(initial=0) > 1e-3:
+    if np.abs(exact - rounded).max(initial=0) > scan.WHOLE:
         raise DataError(f"{name}: labels are not whole numbers; was it resampled?")
     return rounded
 

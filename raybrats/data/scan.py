@@ -10,6 +10,8 @@ _compiled = numba.njit(cache=True, nogil=True)
 
 NUM_SUMS = 5
 """Columns of what `brain` fills: voxels, their sum, sum of squares, minimum, maximum."""
+WHOLE = 1e-3
+"""Distance from a whole number at which a label of a float mask still counts as one."""
 _START = np.array([0, 0, 0, np.iinfo(np.int64).max, np.iinfo(np.int64).min])
 
 
@@ -37,6 +39,12 @@ def encoded(labels: np.ndarray, values: tuple[int, int, int]) -> tuple[np.ndarra
     if not _encoded(labels, np.array(values, np.uint8), out):
         return out, -1
     return out, int(labels[(out == 0) & (labels != 0)][0])
+
+
+def rounded(values: np.ndarray) -> np.ndarray | None:
+    """Floats as uint8, or None where one is not nearly a whole number of 0..255."""
+    out, length = np.zeros(values.shape, np.uint8), values.shape[-1]
+    return out if _rounded(values.reshape(-1, length), out.reshape(-1, length)) else None
 
 
 def tumour(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,6 +141,23 @@ def _brain(modalities, background, seen, sums):  # noqa: ANN001, ANN202
                 _see(seen, k, j, row)
                 for m in range(len(modalities)):
                     _add(modalities[m][k, j], row, sums[m])
+
+
+@_compiled
+def _rounded(values, out):  # noqa: ANN001, ANN202
+    """Fills `out`, which is all 0; whether every value fits."""
+    num_rows, num_i = values.shape
+    for r in range(num_rows):
+        some = np.uint8(0)
+        for i in range(num_i):
+            some |= np.uint8(values[r, i] != 0)
+        if some:
+            for i in range(num_i):
+                near = np.rint(values[r, i])
+                if not (abs(values[r, i] - near) <= WHOLE and 0 <= near <= 255):
+                    return False
+                out[r, i] = np.uint8(near)
+    return True
 
 
 @_compiled

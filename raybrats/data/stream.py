@@ -1,30 +1,34 @@
 """The plan of one rank through Ray Data: opened and cut as cluster tasks, batched in the worker.
 
 Each worker opens its own stream from the step at which it starts, so no row is lost or repeated.
-One visit of a case is one task, and one draw one block: order is kept, and a case is never sent
-through the store whole.
+Cases are opened and cut in one task, so none is sent through the store whole, and order is kept.
 """
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass
+from itertools import islice
 
 import numpy as np
 import ray.data
 import torch
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
-from ray.data.collate_fn import NumpyBatchCollateFn
 
 from raybrats.config import TrainConfig
 from raybrats.data.batch import Batch
 from raybrats.data.cache import Tally, prepared
-from raybrats.data.case import Case
+from raybrats.data.case import Case, from_row
 from raybrats.data.patch import PatchRule, draw_patch, volume_size
 from raybrats.data.plan import Plan, Visit
 
 VISITS_AT_ONCE = 2048
 """In one Ray dataset; a run hands its visits over in such pieces (0.7 ms a visit, measured)."""
-TASK_BYTES = 256 * 2**20
-"""Memory of a task beside its patches: four modalities of 240x240x155 inflated, and their crop."""
+BLOCK_BYTES = 8 * 2**20
+"""Of what travels at once, unless one patch is larger: a block of one row is not copied."""
+PATCHES_A_TASK = 16
+"""At most, and about 64 MiB: a task costs Ray 10 ms, and is lost whole if it is stopped."""
+TASK_BYTES = 600 * 2**20
+"""Memory of a task: its process, with torch, 300 MB; a case inflated and cropped; its block."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ class Stream:
         self.tally = Tally()
         """What the node caches were good for so far."""
         self._config, self._share = config, share
+        self._cases = [json.dumps(asdict(case)) for case in cases]
+        self._task = PatchTask(config, cases)
         self._plan = Plan(
             len(cases), config.optim.global_batch, config.run.seed, config.data.patches_per_case
         )
-        self._task = PatchTask(config, tuple(cases))
 
     def __iter__(self) -> Iterator[Batch]:
         """Opens the stream anew; closing the iterator ends its tasks."""
@@ -60,36 +65,53 @@ class Stream:
             rank=share.rank, world=share.world, start=share.start, stop=share.stop
         )
         for num_draws, visits in _pieces(windows, max(1, VISITS_AT_ONCE // size)):
-            for rows in self._blocks([asdict(visit) for visit in visits], size * num_draws):
-                self.tally += Tally(*rows.pop("tally").sum(axis=0).tolist())
+            rows = self._rows(visits)
+            while window := list(islice(rows, size * num_draws)):
+                for row in window:
+                    self.tally += Tally(*row.pop("tally").tolist())
                 for place in range(num_draws):
-                    yield _batch(rows, slice(place, None, num_draws))
+                    yield _batch(window[place::num_draws])
 
-    def _blocks(self, visits: list[dict], num_rows: int) -> Iterator[dict[str, np.ndarray]]:
-        """The rows of as many steps as each visit has draws, visit by visit."""
-        data = self._config.data
-        rows = ray.data.from_items(visits, override_num_blocks=len(visits))
+    def visit_row(self, visit: Visit) -> dict:
+        """What a task is told of a visit: all of its case, so that it need not know the cohort."""
+        return {**asdict(visit), "row": self._cases[visit.case]}
+
+    def _rows(self, visits: list[Visit]) -> Iterator[dict[str, np.ndarray]]:
+        """One row a draw, visit by visit; its arrays are views of shared memory."""
+        data, patch_bytes = self._config.data, self._task.patch_bytes
+        together = min(PATCHES_A_TASK, -(-(2**26) // patch_bytes)) // len(visits[0].draws)
+        num_tasks = -(-len(visits) // max(1, together))
+        rows = ray.data.from_items(
+            [self.visit_row(visit) for visit in visits], override_num_blocks=num_tasks
+        )
         rows = rows.flat_map(self._task, num_cpus=data.cpus_per_task, memory=TASK_BYTES)
         _settle(rows.context, self._share, data.cpus_per_task)
-        yield from rows.iter_torch_batches(
-            batch_size=num_rows, prefetch_batches=data.prefetch_batches, collate_fn=_Columns()
+        rows.context.target_max_block_size = max(BLOCK_BYTES, patch_bytes)
+        ahead = data.prefetch_batches * self._config.optim.global_batch // self._share.world
+        blocks = rows.iter_batches(
+            batch_size=None,
+            batch_format="numpy",
+            prefetch_batches=-(-ahead // max(1, BLOCK_BYTES // patch_bytes)),
         )
+        for block in blocks:
+            for place in range(len(block["draw"])):
+                yield {name: column[place] for name, column in block.items()}
 
 
 class PatchTask:
     """Runs in a Ray task: a visit of a case -> one row a draw, its patch and its normalisation."""
 
-    def __init__(self, config: TrainConfig, cases: tuple[Case, ...]) -> None:
-        self._config, self._cases = config, cases
-        size = config.data.patch_size
+    def __init__(self, config: TrainConfig, cases: Sequence[Case]) -> None:
+        self._data, size = config.data, config.data.patch_size
         if config.data.sampling == "volume":
             size = volume_size([case.box for case in cases], config.network.stride)
         self._rule = PatchRule(config.data, size, config.run.seed)
+        self.patch_bytes = int(np.prod(size)) * (2 * len(config.data.modalities) + 1)
 
     def __call__(self, visit: dict) -> Iterator[dict[str, np.ndarray | int]]:
         """Rows of arrays in memory order, (modality, k, j, i)."""
         case, turn = int(visit["case"]), int(visit["turn"])
-        opened, tally = prepared(self._cases[case], self._config.data)
+        opened, tally = prepared(from_row(json.loads(visit["row"])), self._data)
         assert opened.labels is not None, "training cases have labels"
         for place, draw in enumerate(visit["draws"]):
             image, labels = draw_patch(
@@ -103,25 +125,15 @@ class PatchTask:
                 "low": opened.low,
                 "high": opened.high,
                 "background": opened.background,
-                "draw": draw,
-                "tally": np.array([getattr(tally, f.name) for f in fields(Tally)]),
+                "draw": int(draw),
+                "tally": np.array(astuple(tally)),
             }
             tally = Tally()
 
 
-class _Columns(NumpyBatchCollateFn):
-    """Columns as arrays of our own: those of one block are read-only views of shared memory."""
-
-    def __call__(self, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: _own(column) for name, column in columns.items()}
-
-
-def _own(column: np.ndarray) -> np.ndarray:
-    return column if column.flags.writeable else column.copy()
-
-
-def _batch(rows: dict[str, np.ndarray], which: slice) -> Batch:
-    columns = {name: torch.from_numpy(column[which]) for name, column in rows.items()}
+def _batch(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    """The rows put together: the one copy that is made of a patch in this process."""
+    columns = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     columns["image"] = columns["image"].permute(0, 1, 4, 3, 2)
     columns["labels"] = columns["labels"].permute(0, 3, 2, 1)
     return Batch(**columns)
@@ -144,6 +156,5 @@ def _settle(context: DataContext, share: Share, cpus_per_task: float) -> None:
     limit = ExecutionResources(cpu=max(share.cpus, cpus_per_task))
     context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=limit)
     context.enable_progress_bars = False
-    context.target_max_block_size = 32 * 2**20  # about one patch: a block of one row is not copied
     context.memory_usage_poll_interval_s = None  # else every task starts a thread to read smaps
     context.execution_no_progress_timeout_s = 300

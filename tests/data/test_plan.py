@@ -1,7 +1,7 @@
 """The order of the data: whatever the ranks and restarts, each draw comes once, in its place."""
 
 from collections import Counter
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_twenty_stops_leave_nothing_missing_doubled_or_out_of_order(world: int):
     expected = list(range(total * plan.global_batch))
     missing = len(set(expected) - set(seen))
     duplicate = len(seen) - len(set(seen))
-    out_of_order = sum(b <= a for a, b in zip(seen[:-1], seen[1:], strict=True))
+    out_of_order = sum(b <= a for a, b in pairwise(seen))
     assert missing == 0
     assert duplicate == 0
     assert out_of_order == 0

@@ -137,3 +137,22 @@ def test_a_modality_counts_where_another_one_shows_brain():
     box, sums = scan.brain((first, second), np.zeros(2, np.int16))
     assert box.tolist() == [[0, 1], [0, 1], [1, 3]]
     assert sums.tolist() == [[2, 3, 9, 0, 3], [2, -4, 16, -4, 0]]
+
+
+@given(
+    whole=shapes.flatmap(lambda shape: arrays(np.float64, shape, elements=st.integers(0, 255))),
+    off=st.floats(-scan.WHOLE, scan.WHOLE).map(lambda x: 0.9 * x),
+    wrong=st.sampled_from([None, 0.5, 1.01, -1, 256, 1e30, np.nan, np.inf, -np.inf]),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+@several
+def test_floats_become_whole_numbers_or_nothing(whole, off, wrong, dtype):
+    stored = np.where(whole > 0, whole + off, 0).astype(dtype)
+    if wrong is not None:
+        stored[-1, -1, -1] = wrong
+    found = scan.rounded(read_only(stored))
+    if wrong is not None:
+        assert found is None
+    else:
+        assert found.dtype == np.uint8
+        assert np.array_equal(found, whole)
