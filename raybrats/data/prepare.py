@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Box = tuple[slice, slice, slice]
 _INT16 = np.iinfo(np.int16)
 _OUTSIDE = _INT16.min
-"""Background of quantised floats: below every brain voxel, so none is taken for it."""
+"""Background of quantised floats where it lies far from the brain: below all its voxels."""
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,9 @@ def _background(voxels: np.ndarray) -> float:
 def _quantised(voxels: np.ndarray) -> tuple[np.ndarray, int]:
     """The voxels as int16 on a line with their values, and the background among them.
 
-    Whole numbers that fit are kept; others are spread over the range of the brain, so that a
-    background far from it costs no precision.
+    Whole numbers that fit are kept; others are spread over the range of the brain, and of the
+    background unless it lies so far from it that precision would be lost. No brain voxel gets the
+    value of the background.
     """
     background = _background(voxels)
     if voxels.dtype == np.int16:
@@ -212,17 +214,20 @@ def _quantised(voxels: np.ndarray) -> tuple[np.ndarray, int]:
     if (kept == voxels).all() and background == round(background):
         return kept, round(background)
     brain = voxels != background
-    low, high = _range(voxels, brain)
-    step = max((high - low) / (2 * _INT16.max), np.finfo(np.float32).tiny)
-    spread = np.full(voxels.shape, _OUTSIDE, np.int16)
     inside = voxels[brain].astype(np.float64)  # float32 is too short
-    spread[brain] = np.rint((inside - (low + high) / 2) / step)
-    return spread, _OUTSIDE
-
-
-def _range(voxels: np.ndarray, brain: np.ndarray) -> tuple[float, float]:
-    inside = voxels[brain]
-    return (float(inside.min()), float(inside.max())) if inside.size else (0.0, 0.0)
+    low, high = (inside.min(), inside.max()) if inside.size else (0.0, 0.0)
+    near = 2 * low - high <= background <= 2 * high - low
+    if near:  # it is a value like others: that of voxels which are brain in another modality
+        low, high = min(low, background), max(high, background)
+    middle, step = (low + high) / 2, max((high - low) / (2 * _INT16.max - 2), _TINY)
+    outside = round((background - middle) / step) if near else _OUTSIDE
+    if near:
+        middle = background - outside * step  # so that it is exact
+    codes = np.rint((inside - middle) / step)
+    codes += np.where(codes == outside, np.sign(inside - background), 0)
+    spread = np.full(voxels.shape, outside, np.int16)
+    spread[brain] = codes
+    return spread, outside
 
 
 def _percentiles(counts: np.ndarray, percentiles: tuple[float, float]) -> tuple[np.ndarray, ...]:

@@ -25,9 +25,7 @@ def divisors(n: int) -> list[int]:
 
 def steps_of(visits: tuple[Visit, ...]) -> list[list[tuple[int, int]]]:
     """(draw, case) of each step that the visits fill."""
-    return [
-        [(visit.draws[t], visit.case) for visit in visits] for t in range(len(visits[0].draws))
-    ]
+    return [[(visit.draws[t], visit.case) for visit in visits] for t in range(len(visits[0].draws))]
 
 
 def rank_steps(plan: Plan, rank: int, world: int, start: int, stop: int) -> list:
@@ -38,9 +36,7 @@ def rank_steps(plan: Plan, rank: int, world: int, start: int, stop: int) -> list
 def steps(plan: Plan, world: int, start: int, stop: int) -> list[list[tuple[int, int]]]:
     """(draw, case) of all ranks step by step, each step's put together as the ranks hold them."""
     ranks = [rank_steps(plan, rank, world, start, stop) for rank in range(world)]
-    return [
-        list(chain.from_iterable(zip(*step, strict=True))) for step in zip(*ranks, strict=True)
-    ]
+    return [list(chain.from_iterable(zip(*step, strict=True))) for step in zip(*ranks, strict=True)]
 
 
 def draws(found: list[list[tuple[int, int]]]) -> list[int]:
