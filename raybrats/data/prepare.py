@@ -119,7 +119,8 @@ def labels_from(volume: "Volume", values: tuple[int, int, int], name: str) -> np
     from raybrats.data import scan
 
     whole = _whole(volume, name)
-    strange = [end for end in (whole.min(), whole.max()) if not 0 <= end <= 255]
+    ends = () if whole.dtype == np.uint8 else (whole.min(), whole.max())
+    strange = [end for end in ends if not 0 <= end <= 255]
     labels = np.empty(0, np.uint8)
     if not strange:
         labels, unknown = scan.encoded(_stored(whole.astype(np.uint8, copy=False)), values)
