@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import re
@@ -37,6 +38,8 @@ _LOCKS = 256
 """Cases that are prepared at once on a node, at most; two of one lock wait for each other."""
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 """Names of entries; whatever else lies in the folder is not ours to remove."""
+_LARGE_VOXELS = 96**3
+"""Draws from here on touch most pages of a case, which are cheaper to map all at once."""
 _DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "I16": "<i2", "U8": "|u1"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -87,7 +90,7 @@ def prepared(case: Case, data: DataConfig) -> tuple[Prepared, Tally]:
     try:
         folder = _folder(data.cache_dir)
         entry = folder / f"{_key(case, data)}.safetensors"
-        found, damaged = _read(entry)
+        found, damaged = _read(entry, data)
         if found is not None:
             return found, Tally(hits=1)
         lock = _lock(folder / f"lock-{int(entry.name[:8], 16) % _LOCKS}")
@@ -100,7 +103,7 @@ def prepared(case: Case, data: DataConfig) -> tuple[Prepared, Tally]:
 
 def _made(case: Case, data: DataConfig, entry: Path, tally: Tally) -> tuple[Prepared, Tally]:
     """The case once it is its turn: another process may have made it meanwhile."""
-    found, damaged = _read(entry)
+    found, damaged = _read(entry, data)
     if found is not None:
         return found, tally + Tally(hits=1, damaged=damaged)
     made = prepare_case(case, data)
@@ -137,12 +140,14 @@ def _key(case: Case, data: DataConfig) -> str:
     return hashlib.sha256(json.dumps([made_of, made_as]).encode()).hexdigest()
 
 
-def _read(entry: Path) -> tuple[Prepared | None, int]:
+def _read(entry: Path, data: DataConfig) -> tuple[Prepared | None, int]:
     """The case of an entry, or None; and whether there was one that is damaged, now removed."""
     try:
         with entry.open("rb") as file:
             stat = os.fstat(file.fileno())
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            large = data.sampling == "volume" or math.prod(data.patch_size) >= _LARGE_VOXELS
+            flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if large else 0)
+            mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
         mark = (entry.name, stat.st_ino, stat.st_mtime_ns)
         case = _unpacked(_arrays(mapped, verify=mark not in _process.verified))
     except FileNotFoundError:

@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import measure
@@ -72,8 +72,9 @@ def dataloader(
     config: TrainConfig, cases: Sequence[Case], steps: int, num_workers: int
 ) -> Iterator[object]:
     windows = Plan(len(cases), BATCH, config.run.seed).visits(rank=0, world=1, start=0, stop=steps)
-    visits = [asdict(visit) for window in windows for visit in window]
-    dataset = Patches(PatchTask(config, tuple(cases)), visits)
+    stream = Stream(config, cases, Share(rank=0, world=1, start=0, stop=steps, cpus=1))
+    visits = [stream.visit_row(visit) for window in windows for visit in window]
+    dataset = Patches(PatchTask(config, cases), visits)
     options = {"num_workers": num_workers, "multiprocessing_context": "spawn"}
     return (batch["image"] for batch in DataLoader(dataset, BATCH, **options))
 
