@@ -15,10 +15,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# The peers live in an environment of their own, which `make test` never sees.
+# The peers live in an environment of their own, which `make test` never sees. CASES=TREE: real ones.
 bench: .venv-bench/installed
 	for name in decode patches stream scaling; do \
-		.venv-bench/bin/python tests/bench/$$name.py || exit 1; \
+		.venv-bench/bin/python tests/bench/$$name.py $(if $(CASES),--cases $(CASES)) || exit 1; \
 	done
 
 # torch first and exactly: a looser wish would bring another build of it.

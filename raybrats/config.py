@@ -66,11 +66,15 @@ class DataConfig(Section):
     num_slices: int = 155
     """Slices that are drawn from, of each case (BraTS has 155)."""
     patches_per_case: int = 1
-    """Draws that one opening of a case serves, in as many steps; of use without a cache."""
+    """Draws that one opening of a case serves, in as many steps; of use without a cache.
+
+    The store holds so many global batches at once."""
     cache_dir: str = ""
     """Node-local folder of prepared cases; empty: raybrats-cache-<user id> of the temporary one."""
     cache_gb: float = 100.0
-    """Most that the folder may hold, in 10^9 bytes (BraTS 2021 is 45); 0 keeps nothing."""
+    """Most that the folder may hold, in 10^9 bytes (BraTS 2021 is 45); 0 keeps nothing.
+
+    All runs of a node share it: one with a smaller cap removes what others kept."""
     max_bad_fraction: float = 0.0
     """Share of quarantined cases that training accepts; they are left out and named."""
     cpus_per_task: float = 0.5
@@ -90,8 +94,12 @@ class DataConfig(Section):
         _require(0 <= self.grid_overlap < 1, "data.grid_overlap", "in 0..1", self.grid_overlap)
         _require(self.first_slice >= 0, "data.first_slice", ">= 0", self.first_slice)
         _require(self.num_slices >= 1, "data.num_slices", ">= 1", self.num_slices)
-        _require(self.patches_per_case >= 1, "data.patches_per_case", ">= 1", self.patches_per_case)
-        _require(self.cache_gb >= 0, "data.cache_gb", ">= 0", self.cache_gb)
+        draws = self.patches_per_case
+        _require(1 <= draws <= 16, "data.patches_per_case", "in 1..16", draws)
+        _require(0 <= self.cache_gb < math.inf, "data.cache_gb", ">= 0", self.cache_gb)
+        folder = self.cache_dir
+        local = not folder or folder.startswith("/")
+        _require(local, "data.cache_dir", "an absolute local path, or empty", folder)
         _require(len(self.modalities) > 0, "data.modalities", "one or more", self.modalities)
         share = self.foreground_share
         _require(0 <= share <= 1, "data.foreground_share", "in 0..1", share)

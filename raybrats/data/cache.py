@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import tempfile
 import time
 import uuid
@@ -38,8 +39,11 @@ _LOCKS = 256
 """Cases that are prepared at once on a node, at most; two of one lock wait for each other."""
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 """Names of entries; whatever else lies in the folder is not ours to remove."""
+_FREE_SHARE = 0.06
+"""Of the disk that is left free; Ray itself stops spilling when 5 % are."""
 _LARGE_VOXELS = 96**3
 """Draws from here on touch most pages of a case, which are cheaper to map all at once."""
+_POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux has it
 _DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "I16": "<i2", "U8": "|u1"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -66,8 +70,8 @@ class Tally:
 class _Process:
     """What this process remembers."""
 
-    verified: set[tuple[str, int, int]] = field(default_factory=set)
-    """Name, inode and time of the entries whose digest it has compared."""
+    verified: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Inode and time of the entries whose digest it has compared, by name."""
     resting_until: float = 0.0
     told: bool = False
 
@@ -146,17 +150,18 @@ def _read(entry: Path, data: DataConfig) -> tuple[Prepared | None, int]:
         with entry.open("rb") as file:
             stat = os.fstat(file.fileno())
             large = data.sampling == "volume" or math.prod(data.patch_size) >= _LARGE_VOXELS
-            flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if large else 0)
+            flags = mmap.MAP_SHARED | (_POPULATE if large else 0)
             mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
-        mark = (entry.name, stat.st_ino, stat.st_mtime_ns)
-        case = _unpacked(_arrays(mapped, verify=mark not in _process.verified))
+        mark = (stat.st_ino, stat.st_mtime_ns)
+        known = _process.verified.get(entry.name) == mark
+        case = _unpacked(_arrays(mapped, verify=not known))
     except FileNotFoundError:
         return None, 0
     except (ValueError, KeyError, TypeError, AttributeError):
         with suppress(FileNotFoundError):
             entry.unlink()
         return None, 1
-    _process.verified.add(mark)
+    _process.verified[entry.name] = mark
     with suppress(OSError):  # it was removed meanwhile, or the disk is read-only
         os.utime(entry, ns=(time.time_ns(), stat.st_mtime_ns))  # what eviction goes by
     return case, 0
@@ -190,8 +195,12 @@ def _keep(entry: Path, case: Prepared, limit: int) -> int:
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in _packed(case).items()}
     header = _header(arrays)
-    if len(header) + sum(array.nbytes for array in arrays.values()) > limit:
+    size = len(header) + sum(array.nbytes for array in arrays.values())
+    if size > limit:
         return 0
+    disk = shutil.disk_usage(entry.parent)
+    if disk.free - size < _FREE_SHARE * disk.total:
+        raise OSError(f"{entry.parent}: {disk.free / 1e9:.1f} GB free, which is left to others")
     aside = entry.with_name(f"aside-{uuid.uuid4().hex}")
     try:
         with aside.open("xb") as file:

@@ -109,6 +109,9 @@ def open_case(case: Case, *, need_labels: bool = False) -> Opened:
     images, labels = volumes, None
     if case.label_uri is not None:
         *images, mask = volumes
+        if mask.voxels.ndim != 3:
+            shape = mask.voxels.shape
+            raise DataError(f"{case.case_id}: its label file is {shape}; expected one 3-D volume")
         values = case.label_values
         labels = labels_from(mask, (values[0], values[1], values[2]), case.case_id)
     return Opened(

@@ -159,6 +159,23 @@ def summary(cases: Sequence[Case]) -> dict[str, Any]:
     }
 
 
+def judged(cases: Sequence[Case], modalities: Sequence[str]) -> list[Case]:
+    """The cases as a run sees them that takes only some modalities.
+
+    An incomplete case is whole if it lacks none of these, and bad if it lacks all of them.
+    """
+    return [_judged(case, set(modalities)) if case.status == INCOMPLETE else case for case in cases]
+
+
+def _judged(case: Case, chosen: set[str]) -> Case:
+    lacking = {m for m, spread in zip(MODALITIES, case.deviation, strict=False) if spread == 0}
+    lacking |= set(case.missing)
+    if chosen <= lacking:
+        return replace(case, status=BAD)
+    whole = OK if case.label_uri else UNLABELLED
+    return case if chosen & lacking else replace(case, status=whole, reason="")
+
+
 def quarantined(cases: Sequence[Case], *, allow_incomplete: bool = False) -> list[Case]:
     """Cases that training cannot use; unlabelled ones only where labels are to be expected.
 

@@ -79,6 +79,6 @@ def _label_values(uri: str, labels: dict) -> tuple[int, int, int]:
         et, tc, wt = regions
         if et < tc < wt:
             values = {"NCR": (tc - et).pop(), "ED": (wt - tc).pop(), "ET": et.pop()}
-    if len(set(values.values())) != 3:
+    if len(set(values.values())) != 3 or not all(0 < value < 256 for value in values.values()):
         raise DataError(f"{uri}: labels {labels} do not name necrosis, oedema and enhancing tumour")
     return values["NCR"], values["ED"], values["ET"]

@@ -3,10 +3,19 @@
 Arrays come in memory order, (k, j, i): NIfTI stores i fastest, so a row is what lies together.
 """
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 
-_compiled = numba.njit(cache=True, nogil=True)
+
+def _compiled(function: Callable) -> Callable:
+    """Compiled at the first call; anew in each process where no folder can keep the result."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # numba: no locator available
+        return numba.njit(nogil=True)(function)
+
 
 NUM_SUMS = 5
 """Columns of what `brain` fills: voxels, their sum, sum of squares, minimum, maximum."""

@@ -157,4 +157,4 @@ def _settle(context: DataContext, share: Share, cpus_per_task: float) -> None:
     context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=limit)
     context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # else every task starts a thread to read smaps
-    context.execution_no_progress_timeout_s = 300
+    context.execution_no_progress_timeout_s = -1  # a long validation takes no rows: not a hang

@@ -68,9 +68,17 @@ def _predict_slices(
     frame = image.new_zeros(1, image.shape[1], *prepared.shape[:2], depth)
     within = (..., prepared.box[0], prepared.box[1], slice(None))
     frame[within] = image
-    small = _resized(frame, (size[0], size[1], depth))
+    small = _resized_brain(frame, (size[0], size[1], depth))
     logits = [heads(network(piece))[0] for piece in small.split(SLICES_AT_ONCE, dim=4)]
     return _resized(torch.cat(logits, dim=4), frame.shape[2:])[within] > 0
+
+
+def _resized_brain(frame: Tensor, size: Sequence[int]) -> Tensor:
+    """As `patch.cut_slice` does it: linear among brain voxels, its edge from the nearest."""
+    brain = (frame != 0).any(dim=1, keepdim=True).float()
+    weight = _resized(brain, size)
+    kept = (interpolate(brain, size=tuple(size), mode="nearest-exact") > 0) & (weight > 0)
+    return torch.where(kept, _resized(frame, size) / weight.clamp(min=1e-6), 0.0)
 
 
 def _resized(image: Tensor, size: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ from raybrats import cluster
 from raybrats.brats import MODALITIES
 from raybrats.data import index, storage
 from raybrats.data.case import BAD, INCOMPLETE, Case, open_case
+from raybrats.data.cohort import judged
 from raybrats.data.volume import encode_labels
 from raybrats.errors import DataError, MissingObjectError, RaybratsError, UsageError
 from raybrats.progress import Display
@@ -135,7 +136,8 @@ def segment(case: Case, model: package.Model, out_uri: str) -> None:
         DataError: the case is damaged, or lacks modalities and the model was trained with all.
         StorageError: out of reach.
     """
-    if case.status == INCOMPLETE and not model.takes_incomplete:
+    status = judged([case], model.modalities)[0].status
+    if status == BAD or (status == INCOMPLETE and not model.takes_incomplete):
         raise DataError(
             f"{case.case_id}: {case.reason}; complete it, or use a model that was trained with "
             "augment.drop_modality"

@@ -90,6 +90,7 @@ def usable(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
         DataError: more are bad than `data.max_bad_fraction`, or a side of the split is empty.
     """
     lenient = config.augment.drop_modality > 0
+    cases = cohort.judged(cases, config.data.modalities)
     bad = cohort.quarantined(cases, allow_incomplete=lenient)
     if len(bad) > config.data.max_bad_fraction * len(cases):
         named_ones = "; ".join(f"{c.case_id} ({c.reason})" for c in bad[:3])

@@ -618,3 +618,25 @@ def test_d9_fewer_cases_than_workers_are_enough_since_draws_are_dealt_not_cases(
         optim=replace(TrainConfig().optim, global_batch=4),
     )
     assert usable(four, [ROW]) == [ROW]
+
+
+def test_an_incomplete_case_is_whole_for_a_run_that_does_not_want_what_it_lacks(tree: Path):
+    next(tree.glob("*/*_t1.nii.gz")).unlink()
+    (lacking,) = [c for c in map(cohort.verify_case, cohort.find_cases(str(tree))) if c.missing]
+    assert lacking.status == "incomplete"
+    statuses = {
+        modalities: cohort.judged([lacking], modalities)[0].status
+        for modalities in (("flair", "t2"), ("t1", "t2"), ("t1",))
+    }
+    assert list(statuses.values()) == ["ok", "incomplete", "bad"]
+
+
+def test_a_label_file_of_four_dimensions_is_bad_by_name(tree: Path):
+    path = sorted(tree.glob("*/*_seg.nii.gz"))[0]
+    image = nib.load(path)
+    stacked = np.stack([np.asarray(image.dataobj)] * 2, axis=-1)
+    nib.save(nib.Nifti1Image(stacked, image.affine), path)
+    first, second = map(cohort.verify_case, cohort.find_cases(str(tree)))
+    assert (first.status, second.status) == ("bad", "ok")
+    assert first.case_id in first.reason
+    assert "expected one 3-D volume" in first.reason

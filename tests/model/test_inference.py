@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from raybrats.config import DataConfig, NetworkConfig, TrainConfig, ValidationConfig
+from raybrats.data.patch import cut_slice
 from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import bounding_box, prepare
 from raybrats.errors import DataError
@@ -143,6 +144,27 @@ def test_slices_of_their_own_size_are_segmented_as_they_are(shape):
         np.testing.assert_array_equal(labels, bright)
     else:  # resized and back: the edges of what is bright may move by a voxel
         assert (labels == bright).mean() > 0.95
+
+
+def test_slices_are_resized_in_prediction_as_in_training():
+    image, labels = make_phantom(3, shape=(60, 52, 20))
+    size = (32, 28, 1)
+    config = replace(CONFIG, data=DataConfig(sampling="slices", patch_size=size))
+    prepared, seen = prepare(list(image), labels), []
+
+    def watching(small):
+        seen.append(small)
+        return BRIGHT_FLAIR(small)
+
+    predict_case(watching, config, prepared, torch.device("cpu"))
+    predicted = torch.cat(seen, dim=4)[0].numpy()
+    gain, bias = (v[:, None, None] for v in (prepared.gain, prepared.bias))
+    for k in range(prepared.image.shape[3]):
+        planes, _ = cut_slice(prepared, prepared.box[2].start + k, size)
+        brain = (planes != prepared.background[:, None, None, None]).any(axis=0)[..., 0]
+        trained = np.where(brain, planes[..., 0] * gain + bias, 0)
+        step = gain.max() / 2  # the training's voxels are rounded
+        assert np.abs(predicted[..., k] - trained).max() <= step + 1e-3
 
 
 def test_an_empty_case_is_refused():
