@@ -85,8 +85,12 @@ class Stream:
             [self.visit_row(visit) for visit in visits], override_num_blocks=num_tasks
         )
         rows = rows.flat_map(self._task, num_cpus=data.cpus_per_task, memory=TASK_BYTES)
-        _settle(rows.context, self._share, data.cpus_per_task)
-        rows.context.target_max_block_size = max(BLOCK_BYTES, patch_bytes)
+        rows.context.target_max_block_size = block_bytes = max(BLOCK_BYTES, patch_bytes)
+        num_parallel = max(1.0, self._share.cpus / data.cpus_per_task)
+        window_bytes = len(visits[0].draws) * patch_bytes * self._plan.global_batch
+        # else tasks run ahead of a slow consumer until half of the object store is full
+        limit_bytes = 2 * (window_bytes + 2 * block_bytes * num_parallel)
+        _settle(rows.context, self._share, data.cpus_per_task, limit_bytes)
         ahead = data.prefetch_batches * self._config.optim.global_batch // self._share.world
         blocks = rows.iter_batches(
             batch_size=None,
@@ -152,8 +156,8 @@ def _pieces(
         yield num_draws, [visit for visits in piece for visit in visits]
 
 
-def _settle(context: DataContext, share: Share, cpus_per_task: float) -> None:
-    limit = ExecutionResources(cpu=max(share.cpus, cpus_per_task))
+def _settle(context: DataContext, share: Share, cpus_per_task: float, limit_bytes: float) -> None:
+    limit = ExecutionResources(cpu=max(share.cpus, cpus_per_task), object_store_memory=limit_bytes)
     context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=limit)
     context.enable_progress_bars = False
     context.memory_usage_poll_interval_s = None  # else every task starts a thread to read smaps
