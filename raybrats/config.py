@@ -116,6 +116,12 @@ class AugmentConfig(Section):
     Values are nnU-Net v2's where no other source is named; what it lacks is off.
     """
 
+    CHANGES: ClassVar[tuple[str, ...]] = (
+        *("rotation", "scale", "elastic", "bias_field", "noise", "blur", "brightness", "contrast"),
+        *("low_resolution", "inverted_gamma", "gamma", "drop_modality", "mirror"),
+    )
+    """The fields that are probabilities of a change, in the order in which changes are made."""
+
     rotation: float = 0.2
     rotation_degrees: float = 30.0
     """Largest angle about each axis, either way."""
@@ -163,14 +169,13 @@ class AugmentConfig(Section):
     def __post_init__(self) -> None:
         angle, spacing = self.rotation_degrees, self.elastic_spacing_voxels
         largest = self.bias_field_coefficient
-        others = ("rotation_degrees", "elastic_spacing_voxels", "bias_field_coefficient")
-        for name in (f.name for f in fields(self) if f.name not in (*others, "gamma_keeps")):
+        for name in (*self.CHANGES, "blur_per_modality", "low_resolution_per_modality"):
             value = getattr(self, name)
-            if isinstance(value, tuple):
-                holds = 0 <= value[0] <= value[1] < math.inf
-                _require(holds, f"augment.{name}", "0 <= low <= high", value)
-            else:
-                _require(0 <= value <= 1, f"augment.{name}", "a probability", value)
+            _require(0 <= value <= 1, f"augment.{name}", "a probability", value)
+        for name, span in vars(self).items():
+            if isinstance(span, tuple):
+                holds = 0 <= span[0] <= span[1] < math.inf
+                _require(holds, f"augment.{name}", "0 <= low <= high", span)
         _require(self.scale_range[0] > 0, "augment.scale_range", "above 0", self.scale_range)
         coarse = self.low_resolution_range
         holds = coarse[0] > 0 and coarse[1] <= 1

@@ -25,21 +25,6 @@ from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import prepare
 from raybrats.recipes import nnunet
 
-OPERATIONS = (
-    "rotation",
-    "scale",
-    "elastic",
-    "bias_field",
-    "noise",
-    "blur",
-    "brightness",
-    "contrast",
-    "low_resolution",
-    "inverted_gamma",
-    "gamma",
-    "drop_modality",
-    "mirror",
-)
 COPY, MIX, STEP = "copy of the float32 batch", "default mix (mean)", "nnunet step"
 
 
@@ -62,13 +47,13 @@ def peers(batch: Batch, *, with_step: bool) -> dict[str, Callable[[int], object]
     def changes(config: AugmentConfig) -> Callable[[int], object]:
         return lambda turn: augment(config, 0, torch.arange(size) + turn * size, samples)
 
-    never = AugmentConfig(**dict.fromkeys(OPERATIONS, 0.0))
+    never = AugmentConfig(**dict.fromkeys(AugmentConfig.CHANGES, 0.0))
     table: dict[str, Callable[[int], object]] = {
         COPY: lambda _: image.clone(),
         "normalise": lambda _: normalise(batch),
         "nothing switched on": changes(never),
     }
-    table |= {name: changes(replace(never, **{name: 1.0})) for name in OPERATIONS}
+    table |= {name: changes(replace(never, **{name: 1.0})) for name in AugmentConfig.CHANGES}
     table[MIX] = changes(AugmentConfig())
     if with_step:
         table[STEP] = training_step(nnunet(), image, batch.labels)

@@ -23,22 +23,7 @@ from raybrats.data.patch import PatchRule, draw_patch
 from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import Prepared, prepare
 
-OPERATIONS = (
-    "rotation",
-    "scale",
-    "elastic",
-    "bias_field",
-    "noise",
-    "blur",
-    "brightness",
-    "contrast",
-    "low_resolution",
-    "inverted_gamma",
-    "gamma",
-    "drop_modality",
-    "mirror",
-)
-NEVER = AugmentConfig(**dict.fromkeys(OPERATIONS, 0.0))
+NEVER = AugmentConfig(**dict.fromkeys(AugmentConfig.CHANGES, 0.0))
 NUM_MIXES = 6
 COLOURS = mpl.colors.ListedColormap([(0, 0, 0, 0), "red", "lime", "gold"])
 
@@ -74,7 +59,7 @@ def main() -> None:
     batch = batch_of(cases_of(options.cases), options.patch, options.seed)
     image, brain = normalise(batch)
     rows = [("as it is", image[0], batch.labels[0]), ("as it is", image[1], batch.labels[1])]
-    jobs = [(name, replace(NEVER, **{name: 1.0}), 0) for name in OPERATIONS]
+    jobs = [(name, replace(NEVER, **{name: 1.0}), 0) for name in AugmentConfig.CHANGES]
     jobs += [("default mix", AugmentConfig(), number % 2) for number in range(NUM_MIXES)]
     for draw, (name, config, place) in enumerate(jobs):
         sample = tuple(part[place : place + 1] for part in (image, batch.labels, brain))

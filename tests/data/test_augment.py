@@ -21,23 +21,8 @@ from raybrats.errors import UsageError
 SIZE = (16, 16, 16)
 SEED = 5
 CPU = torch.device("cpu")
-OPERATIONS = (
-    "rotation",
-    "scale",
-    "elastic",
-    "bias_field",
-    "noise",
-    "blur",
-    "brightness",
-    "contrast",
-    "low_resolution",
-    "inverted_gamma",
-    "gamma",
-    "drop_modality",
-    "mirror",
-)
-NEVER = AugmentConfig(**dict.fromkeys(OPERATIONS, 0))
-ALWAYS = AugmentConfig(**dict.fromkeys(OPERATIONS, 1))
+NEVER = AugmentConfig(**dict.fromkeys(AugmentConfig.CHANGES, 0))
+ALWAYS = AugmentConfig(**dict.fromkeys(AugmentConfig.CHANGES, 1))
 Samples = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -142,7 +127,7 @@ def test_on_a_gpu_the_host_never_waits_and_bits_do_not_depend_on_the_batch(sampl
         assert torch.equal(parts[1], together[1][order])
 
 
-@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "mirror"])
+@pytest.mark.parametrize("operation", [name for name in AugmentConfig.CHANGES if name != "mirror"])
 def test_other_draws_and_seeds_are_changed_otherwise(samples, operation: str):
     one = tuple(part[:1].expand(12, *part.shape[1:]) for part in samples)
     images, _ = augment(only(operation), SEED, torch.arange(12), one)
@@ -152,7 +137,7 @@ def test_other_draws_and_seeds_are_changed_otherwise(samples, operation: str):
     assert not torch.equal(images[0], samples[0][0])
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", AugmentConfig.CHANGES)
 def test_no_operation_reaches_beyond_the_brain_or_makes_labels(samples, operation: str):
     images, labels = augment(only(operation), SEED, torch.arange(4), samples)
     # The brain itself moved: it travels as the labels of a batch of its own.
@@ -169,11 +154,11 @@ def test_no_operation_reaches_beyond_the_brain_or_makes_labels(samples, operatio
 
 @given(
     draw=st.integers(0, 10**6),
-    probabilities=st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * len(OPERATIONS)),
+    probabilities=st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * len(AugmentConfig.CHANGES)),
 )
 @settings(max_examples=30, deadline=None)
 def test_any_mix_keeps_background_and_inputs(samples, draw: int, probabilities):
-    config = AugmentConfig(**dict(zip(OPERATIONS, probabilities, strict=True)))
+    config = AugmentConfig(**dict(zip(AugmentConfig.CHANGES, probabilities, strict=True)))
     sample = tuple(part[1:2] for part in samples)
     masks = sample[2][:, 0].to(torch.uint8)
     image, brain = augment(config, SEED, torch.tensor([draw]), (sample[0], masks, sample[2]))
@@ -443,7 +428,7 @@ def test_changes_go_as_far_as_configured():
     assert 0.5 <= sigmas.min() < sigmas.max() <= 1
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", AugmentConfig.CHANGES)
 def test_switching_one_change_off_leaves_the_others(operation: str):
     names = {"rotation": "warp", "scale": "warp", "elastic": "warp"}
     names |= {"drop_modality": "dropped", "mirror": "mirrored"}
