@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint soak bench
 
 demo: .venv/installed
 	$(BIN)/raybrats demo --out demo
@@ -14,6 +14,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+# What takes too long for every change: the jobs on real cases, where RAYBRATS_REAL_CASES has some.
+soak: .venv/installed
+	RAYBRATS_SOAK=1 $(BIN)/pytest -m slow
 
 # The peers live in an environment of their own, which `make test` never sees. CASES=TREE: real ones.
 bench: .venv-bench/installed

@@ -313,7 +313,7 @@ def run_job(
             tail = client.get_job_logs(job)[-3000:]
             client.stop_job(job)
             raise TimeoutError(f"{entrypoint}: {info.status} after {timeout_s} s; logs:\n{tail}")
-        time.sleep(0.2)
+        time.sleep(1)  # each question costs the head tens of milliseconds
     return JobOutcome(info.status.value, info.driver_exit_code, client.get_job_logs(job))
 
 

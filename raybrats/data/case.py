@@ -33,7 +33,7 @@ class Case:
     sizes: tuple[int, ...] = ()
     """Bytes of the image files, 0 for a missing one, then of the label file."""
     digests: tuple[str, ...] = ()
-    """Sha256 of the same, empty for a missing one."""
+    """BLAKE3 of the same, empty for a missing one."""
     shape: tuple[int, ...] = ()
     """Canonical (i, j, k)."""
     spacing_mm: tuple[float, ...] = ()
@@ -70,12 +70,12 @@ class Opened:
     """A case in memory."""
 
     volumes: tuple[np.ndarray, ...]
-    """Canonical voxels (i, j, k) of each modality."""
+    """Canonical voxels (i, j, k) of each modality that was asked for, in that order."""
     labels: np.ndarray | None
     grid: Grid
     """Of the first image file."""
     sources: tuple[Source | None, ...]
-    """The image files, None for a missing one, then the label file."""
+    """The image files, None for a missing or unwanted one, then the label file."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -84,56 +84,72 @@ class Opened:
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """Sha256 of each source."""
+        """BLAKE3 of each source."""
         return tuple(found.digest if found else "" for found in self.sources)
 
 
-def open_case(case: Case, *, need_labels: bool = False) -> Opened:
-    """Reads and decodes all files of a case, and checks that they belong together.
+def open_case(case: Case, modalities: Sequence[str] = MODALITIES, *, labels: bool = True) -> Opened:
+    """Reads and decodes the files of a case that are wanted, and checks that they belong together.
 
     Raises:
         DataError: a file is damaged, or files of the case differ in grid.
         StorageError: a file is out of reach, or not the bytes that were indexed.
     """
-    if need_labels and case.label_uri is None:
-        raise DataError(f"{case.case_id}: no label file")
-    uris = (*case.image_uris, *([case.label_uri] if case.label_uri else []))
-    expected = case.sizes or (None,) * len(uris), case.digests or (None,) * len(uris)
-    sources = [
-        source.read(uri, size=size, digest=digest) if uri else None
-        for uri, size, digest in zip(uris, *expected, strict=True)
-    ]
-    names = [storage.name(uri) for uri in uris if uri]
-    read = [found.volume() for found in sources if found is not None]
-    volumes = on_one_grid(case.case_id, names, read)
-    images, labels = volumes, None
-    if case.label_uri is not None:
+    sources = _sources(case, modalities, labels=labels)
+    read = [found for found in sources if found is not None]
+    names = [storage.name(found.uri) for found in read]
+    volumes = on_one_grid(case.case_id, names, [found.volume() for found in read])
+    images, encoded = volumes, None
+    if labels and case.label_uri is not None:
         *images, mask = volumes
         if mask.voxels.ndim != 3:
             shape = mask.voxels.shape
             raise DataError(f"{case.case_id}: its label file is {shape}; expected one 3-D volume")
         values = case.label_values
-        labels = labels_from(mask, (values[0], values[1], values[2]), case.case_id)
+        encoded = labels_from(mask, (values[0], values[1], values[2]), case.case_id)
     return Opened(
-        volumes=_modalities(case, images),
-        labels=labels,
+        volumes=_modalities(case, modalities, images),
+        labels=encoded,
         grid=images[0].grid,
         sources=tuple(sources),
     )
 
 
-def _modalities(case: Case, images: Sequence[Volume]) -> tuple[np.ndarray, ...]:
+def _sources(case: Case, modalities: Sequence[str], *, labels: bool) -> list[Source | None]:
+    """The image files, None for one that is missing or not wanted, then the label file.
+
+    Raises:
+        DataError: none of the modalities that are wanted has a file.
+        StorageError: a file is out of reach, or not the bytes that were indexed.
+    """
+    uris = case.image_uris
+    if len(uris) == len(MODALITIES):
+        uris = tuple(u if m in modalities else "" for m, u in zip(MODALITIES, uris, strict=True))
+    if not any(uris):
+        raise DataError(f"{case.case_id}: no {', '.join(modalities)} file")
+    uris += (case.label_uri,) if labels and case.label_uri else ()
+    expected = case.sizes or (None,) * len(uris), case.digests or (None,) * len(uris)
+    return [
+        source.read(uri, size=size, digest=digest) if uri else None
+        for uri, size, digest in zip(uris, *expected, strict=False)
+    ]
+
+
+def _modalities(
+    case: Case, modalities: Sequence[str], images: Sequence[Volume]
+) -> tuple[np.ndarray, ...]:
     """One canonical array a modality, scaled where the file says so; a missing one is zeros."""
     plain = [v.voxels if (v.slope, v.intercept) == (1.0, 0.0) else v.values for v in images]
     if len(case.image_uris) == 1 and plain[0].ndim == 4:
         plain = [plain[0][..., m] for m in range(plain[0].shape[3])]
     elif len(case.image_uris) == len(MODALITIES):
-        found = iter(plain)
         empty = np.zeros(plain[0].shape, np.int16, order="F")
         empty.flags.writeable = False  # as the decoded ones are
-        plain = [next(found) if uri else empty for uri in case.image_uris]
+        wanted = [m for m in MODALITIES if m in modalities and m not in case.missing]
+        found = dict(zip(wanted, plain, strict=True))
+        plain = [found.get(modality, empty) for modality in MODALITIES]
     if len(plain) != len(MODALITIES) or any(v.ndim != 3 for v in plain):
         shapes = ", ".join(str(v.voxels.shape) for v in images)
         rule = "expected one 3-D file a modality, or one 4-D file of flair, t1, t1ce, t2"
         raise DataError(f"{case.case_id}: {shapes} is not four modalities of 3-D volumes; {rule}")
-    return tuple(plain)
+    return tuple(plain[MODALITIES.index(modality)] for modality in modalities)

@@ -43,10 +43,23 @@ def with_folds(cases: Sequence[Case]) -> list[Case]:
 
 
 def prepare_case(case: Case, data: DataConfig) -> Prepared:
-    """A case read, decoded, cropped and quantised, with the modalities that are asked for."""
-    opened = open_case(case)
-    chosen = [opened.volumes[MODALITIES.index(m)] for m in data.modalities]
-    return prepare(chosen, opened.labels, data.normalisation, data.percentiles)
+    """A case read, decoded, cropped and quantised, with the modalities that are asked for.
+
+    An indexed case is cropped to the box in its row, which is that of all its modalities.
+
+    Raises:
+        DataError: the case is damaged, or not of the shape in its row.
+        StorageError: a file is out of reach, or not the bytes that were indexed.
+    """
+    opened = open_case(case, data.modalities)
+    how = data.normalisation, data.percentiles
+    if not case.box:
+        return prepare(opened.volumes, opened.labels, *how)
+    shape = opened.volumes[0].shape
+    if shape != case.shape:
+        raise DataError(f"{case.case_id}: {shape} voxels where its row has {case.shape}")
+    i, j, k = (slice(*case.box[first : first + 2]) for first in (0, 2, 4))
+    return prepare(opened.volumes, opened.labels, *how, box=(i, j, k))
 
 
 def verify_case(case: Case) -> Case:
@@ -138,10 +151,18 @@ def _check_rows(cases: Sequence[Case], uri: str) -> None:
         elif folds.setdefault(case.subject, case.fold) != case.fold:
             both = f"{folds[case.subject]} and {case.fold}"
             problem = f"subject {case.subject} is in folds {both}, so one side would know the other"
+        elif not _holds(case.shape, case.box):
+            problem = f"case {case.case_id} has box {case.box} in a shape of {case.shape}"
         else:
             ids.add(case.case_id)
             continue
         raise DataError(f"{uri}: {problem}; repair the rows, or make it anew by `raybrats index`")
+
+
+def _holds(shape: Sequence[int], box: Sequence[int]) -> bool:
+    """Whether a box, if there is one, lies within the volume."""
+    spans = zip(box[::2], box[1::2], shape, strict=False)
+    return not box or (len(box) == 6 and all(0 <= a < b <= end for a, b, end in spans))
 
 
 def summary(cases: Sequence[Case]) -> dict[str, Any]:

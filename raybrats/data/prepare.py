@@ -59,12 +59,15 @@ def prepare(
     labels: np.ndarray | None = None,
     normalisation: Normalisation = "zscore",
     percentiles: tuple[float, float] = (0.5, 99.5),
+    *,
+    box: Box | None = None,
 ) -> Prepared:
     """Crops and quantises the modalities (i, j, k) of one case and measures its normalisation.
 
     The brain is every voxel that differs, in any modality, from that modality's background: the
     value that the eight corners share, else 0. (Not "> 0": real volumes have negative brain
-    voxels, and a z-scored input has a background that is not 0.)
+    voxels, and a z-scored input has a background that is not 0.) A box that is known to hold brain
+    and tumour saves looking for it: only what is kept is read again.
 
     Raises:
         DataError: the shapes differ, or every voxel is background.
@@ -78,22 +81,21 @@ def prepare(
     pairs = [_quantised(modality) for modality in modalities]
     whole = tuple(_stored(voxels) for voxels, _ in pairs)
     background = np.array([outside for _, outside in pairs], np.int16)
-    box, sums = scan.brain(whole, background)
     mask = None if labels is None else _stored(labels)
-    if mask is not None:
-        box = _joined(box, scan.tumour(mask)[0])
-    if not box.any():
-        raise DataError("every voxel is background; is the volume empty?")
-    spans = tuple(slice(int(first), int(last)) for first, last in box)
-    image = np.empty((len(whole), *np.diff(box)[:, 0]), np.int16)
-    for modality, voxels in zip(image, whole, strict=True):
-        modality[:] = voxels[spans]
+    sums = None
+    if box is None:
+        ends, sums = scan.brain(whole, background)
+        box = _spans(ends if mask is None else _joined(ends, scan.tumour(mask)[0]))
+    stored = box[::-1]
+    image = np.stack([voxels[stored] for voxels in whole])
+    if sums is None:
+        sums = scan.brain(tuple(map(_read_only, image)), background)[1]
     if normalisation == "percentile":
         low, high = _percentiles(scan.histogram(image, background), percentiles)
     else:
         low, high = np.full(len(whole), _INT16.min), np.full(len(whole), _INT16.max)
     gain, bias = _gain_bias(sums, low, high, normalisation)
-    cropped = None if mask is None else mask[spans].copy()
+    cropped = None if mask is None else mask[stored].copy()
     counts = np.zeros(4, np.int64) if cropped is None else scan.tumour(cropped)[1]
     return Prepared(
         image=image.transpose(0, 3, 2, 1),
@@ -105,7 +107,7 @@ def prepare(
         background=background,
         tumour=np.empty(0, np.int32) if cropped is None else scan.places(cropped, counts),
         counts=counts,
-        box=(spans[2], spans[1], spans[0]),
+        box=box,
         shape=(int(shape[0]), int(shape[1]), int(shape[2])),
     )
 
@@ -162,9 +164,13 @@ def _stored(voxels: np.ndarray) -> np.ndarray:
 
     Read-only and aligned whatever they come from, as every kind has the scans compiled anew.
     """
-    stored = np.require(voxels.T, requirements=("C", "A")).view()
-    stored.flags.writeable = False
-    return stored
+    return _read_only(np.require(voxels.T, requirements=("C", "A")))
+
+
+def _read_only(voxels: np.ndarray) -> np.ndarray:
+    view = voxels.view()
+    view.flags.writeable = False
+    return view
 
 
 def _whole(volume: "Volume", name: str) -> np.ndarray:
@@ -193,6 +199,18 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     if not second.any() or not first.any():
         return first if first.any() else second
     return np.stack([np.minimum(first, second)[:, 0], np.maximum(first, second)[:, 1]], axis=1)
+
+
+def _spans(ends: np.ndarray) -> Box:
+    """Of (i, j, k), from a box (axis, 2) of (k, j, i).
+
+    Raises:
+        DataError: it is empty.
+    """
+    if not ends.any():
+        raise DataError("every voxel is background; is the volume empty?")
+    k, j, i = (slice(int(first), int(last)) for first, last in ends)
+    return i, j, k
 
 
 def _background(voxels: np.ndarray) -> float:

@@ -23,8 +23,8 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """Sha256 of all parts, one behind the other."""
-        return storage.sha256(self.parts[0] if len(self.parts) == 1 else b"".join(self.parts))
+        """BLAKE3 of all parts, one behind the other."""
+        return storage.digest_of(self.parts[0] if len(self.parts) == 1 else b"".join(self.parts))
 
     def volume(self) -> Volume:
         """Decoded.
@@ -39,7 +39,7 @@ class Source:
 
 
 def read(uri: str, *, size: int | None = None, digest: str | None = None) -> Source:
-    """The volume's bytes, checked against the size and sha256 that were recorded.
+    """The volume's bytes, checked against the size and digest that were recorded.
 
     Raises:
         StorageError: an object is missing, refused, out of reach, or not the bytes recorded.

@@ -4,7 +4,6 @@ s3:// follows the standard AWS_* variables and AWS_ENDPOINT_URL, so no secret pa
 """
 
 import asyncio
-import hashlib
 import os
 import random
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from blake3 import blake3
 
 from raybrats.errors import ChangedObjectError, MissingObjectError, StorageError
 
@@ -58,13 +58,13 @@ def name(uri: str) -> str:
     return uri.rstrip("/").rpartition("/")[2]
 
 
-def sha256(data: bytes) -> str:
-    """Digest of bytes, as hex."""
-    return hashlib.sha256(data).hexdigest()
+def digest_of(data: bytes) -> str:
+    """BLAKE3 of bytes, as hex: as hard to forge as sha256, at a quarter of its cost."""
+    return blake3(data).hexdigest()
 
 
 def read_bytes(uri: str, *, size: int | None = None, digest: str | None = None) -> bytes:
-    """The whole object, checked against the size and sha256 that it should have.
+    """The whole object, checked against the size and digest that it should have.
 
     Raises:
         StorageError: the object is missing, refused, out of reach, or not the bytes recorded.
@@ -74,8 +74,8 @@ def read_bytes(uri: str, *, size: int | None = None, digest: str | None = None) 
     data = _attempt(uri, lambda fs, path, **limit: fs.cat_file(path, **once, **limit), size or 0)
     if size is not None and len(data) != size:
         raise ChangedObjectError(f"{uri}: {len(data)} bytes where {size} were recorded")
-    if digest is not None and sha256(data) != digest:
-        raise ChangedObjectError(f"{uri}: other bytes than were recorded (sha256)")
+    if digest is not None and digest_of(data) != digest:
+        raise ChangedObjectError(f"{uri}: other bytes than were recorded (digest)")
     return data
 
 

@@ -8,18 +8,20 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray.data
-import torch
 from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
 from raybrats.config import TrainConfig
-from raybrats.data.batch import Batch
 from raybrats.data.cache import Tally, prepared
 from raybrats.data.case import Case, from_row
 from raybrats.data.patch import PatchRule, draw_patch, volume_size
 from raybrats.data.plan import Plan, Visit
+
+if TYPE_CHECKING:
+    from raybrats.data.batch import Batch
 
 VISITS_AT_ONCE = 2048
 """In one Ray dataset; a run hands its visits over in such pieces (0.7 ms a visit, measured)."""
@@ -58,7 +60,7 @@ class Stream:
             len(cases), config.optim.global_batch, config.run.seed, config.data.patches_per_case
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> "Iterator[Batch]":
         """Opens the stream anew; closing the iterator ends its tasks."""
         share, size = self._share, self._config.optim.global_batch // self._share.world
         windows = self._plan.visits(
@@ -135,8 +137,12 @@ class PatchTask:
             tally = Tally()
 
 
-def _batch(rows: Sequence[dict[str, np.ndarray]]) -> Batch:
+def _batch(rows: Sequence[dict[str, np.ndarray]]) -> "Batch":
     """The rows put together: the one copy that is made of a patch in this process."""
+    import torch  # not for the tasks, whose processes it would make larger and start later
+
+    from raybrats.data.batch import Batch
+
     columns = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     columns["image"] = columns["image"].permute(0, 1, 4, 3, 2)
     columns["labels"] = columns["labels"].permute(0, 3, 2, 1)

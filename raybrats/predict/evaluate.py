@@ -12,7 +12,6 @@ from raybrats.data import cohort, index, layout, storage
 from raybrats.data.prepare import labels_from
 from raybrats.data.volume import Volume, canonical_spacing, decode, on_one_grid
 from raybrats.errors import DataError, UsageError
-from raybrats.model.metrics import score_case
 from raybrats.progress import Display
 
 SCORES = ("dice", "iou", "f1", "hd95_mm", "sensitivity", "specificity")
@@ -89,6 +88,8 @@ def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:
     Raises:
         DataError: a file is damaged, or the two differ in grid.
     """
+    from raybrats.model.metrics import score_case  # MONAI: not for the driver
+
     names = [storage.name(file.uri) for file in pair]
     stored = [decode(storage.read_bytes(f.uri), n) for f, n in zip(pair, names, strict=True)]
     volumes = on_one_grid(pair[0].case_id, names, stored)

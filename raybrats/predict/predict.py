@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy
 
 from raybrats import cluster
-from raybrats.brats import MODALITIES
 from raybrats.data import index, storage
 from raybrats.data.case import BAD, INCOMPLETE, Case, open_case
 from raybrats.data.cohort import judged
@@ -142,9 +140,8 @@ def segment(case: Case, model: package.Model, out_uri: str) -> None:
             f"{case.case_id}: {case.reason}; complete it, or use a model that was trained with "
             "augment.drop_modality"
         )
-    opened = open_case(case)
-    chosen = [opened.volumes[MODALITIES.index(m)] for m in model.modalities]
-    labels = model.predict(np.stack(chosen).astype(np.float32))
+    opened = open_case(case, model.modalities, labels=False)
+    labels = model.predict(np.stack(opened.volumes).astype(np.float32))
     values = np.array([0, *case.label_values], np.uint8)
     uri = storage.join(out_uri, file_name(case))
     storage.write_bytes(uri, encode_labels(values[labels], opened.grid))
@@ -154,6 +151,8 @@ class _Worker:
     """Keeps the model and segments one case after the other."""
 
     def __init__(self, task: Task, cases: tuple[Case, ...]) -> None:
+        import torch  # not for the driver
+
         torch.set_num_threads(task.threads)
         self._task, self._cases = task, cases
         self._model = package.load(task.model, task.tracking_uri)

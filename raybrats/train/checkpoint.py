@@ -91,9 +91,9 @@ def write(
         "config_digest": digest(config),
         "workers": config.cluster.workers,
         "metrics": dict(metrics),
-        "files": {n: {"size": len(d), "sha256": storage.sha256(d)} for n, d in files.items()},
+        "files": {n: {"size": len(d), "digest": storage.digest_of(d)} for n, d in files.items()},
     }
-    sealed = json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1)
+    sealed = json.dumps(manifest | {"digest": _seal(manifest)}, indent=1)
     storage.write_bytes(storage.join(uri, MANIFEST), sealed.encode())
     return uri
 
@@ -150,7 +150,7 @@ def read(uri: str) -> Checkpoint:
     try:
         files = {
             name: storage.read_bytes(
-                storage.join(uri, name), size=facts["size"], digest=facts["sha256"]
+                storage.join(uri, name), size=facts["size"], digest=facts["digest"]
             )
             for name, facts in manifest["files"].items()
         }
@@ -189,14 +189,14 @@ def _finished(run_uri: str) -> list[str]:
 def _manifest(uri: str) -> dict[str, Any] | None:
     try:
         manifest = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
-        return manifest if manifest.pop("sha256") == _seal(manifest) else None
+        return manifest if manifest.pop("digest") == _seal(manifest) else None
     except (MissingObjectError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
-    """Sha256 of what the manifest says, for nothing else vouches for it."""
-    return storage.sha256(json.dumps(manifest, sort_keys=True).encode())
+    """Digest of what the manifest says, for nothing else vouches for it."""
+    return storage.digest_of(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _quarantine(uri: str) -> str:

@@ -89,7 +89,7 @@ def open_tracking(
 
 def _cohort_digest(cases: Sequence[Case]) -> str:
     rows = [[case.case_id, case.fold, *case.digests] for case in cases]
-    return storage.sha256(json.dumps(rows).encode())
+    return storage.digest_of(json.dumps(rows).encode())
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

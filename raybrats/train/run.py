@@ -24,7 +24,7 @@ from raybrats.registry import package, tracking
 from raybrats.registry.package import Version
 from raybrats.registry.tracking import Run
 from raybrats.train import checkpoint, record
-from raybrats.train.worker import Job, work
+from raybrats.train.job import Job, work
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -152,6 +152,11 @@ def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
         RaybratsError: the cause in a worker, where it was one that a user can act on.
     """
     config = job.config
+    saved = checkpoint.written(job.run_uri)
+    if saved and saved[-1].step >= config.optim.steps:
+        last = checkpoint.newest(job.run_uri)  # unless it is damaged, there is nothing to do
+        if last and last.step >= config.optim.steps:
+            return {"step": last.step, **last.metrics}
     gpu = uses_gpu(config)
     resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": 1.0} if gpu else {})}
     attempt = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
@@ -195,7 +200,7 @@ def register_best(
     digests = "".join(sorted(digest for case in held_out for digest in case.digests))
     scores = {name: found.metrics[name] for name in (*REGIONS, "mean")}
     files = {checkpoint.WEIGHTS: found.files[checkpoint.WEIGHTS]}
-    return package.register(run, config, files, scores, storage.sha256(digests.encode())[:16])
+    return package.register(run, config, files, scores, storage.digest_of(digests.encode())[:16])
 
 
 def best_scores(run_uri: str) -> dict[str, float]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -21,27 +21,11 @@ from raybrats.data.case import Case
 from raybrats.data.prepare import Prepared
 from raybrats.data.stream import Share, Stream
 from raybrats.model.network import weights_of
-from raybrats.registry.tracking import MetricLog, Run
+from raybrats.registry.tracking import MetricLog
 from raybrats.train import checkpoint, loop
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
+from raybrats.train.job import Job
 
 LOG_EVERY_STEPS = 10
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a worker needs, fixed by the driver."""
-
-    config: TrainConfig
-    run_uri: str
-    train_cases: tuple[Case, ...]
-    held_out: tuple[Case, ...]
-    data_cpus: float
-    """For the decoding tasks of each worker."""
-    tracking: Run
-    board: "ActorHandle | None" = None
 
 
 @dataclass
@@ -67,14 +51,13 @@ class _Pace:
         }
 
 
-def work(settings: Mapping[str, Any]) -> dict[str, Any]:
+def work(job: Job) -> dict[str, Any]:
     """Trains from the newest good checkpoint to the last step; what was reported last.
 
     `unsent` tells why metrics did not reach MLflow, if some did not; `uncached` counts the cases
     that a node could not keep.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    job: Job = settings["job"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()

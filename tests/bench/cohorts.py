@@ -28,7 +28,7 @@ def repeated(cases: Sequence[Case], count: int, folder: Path) -> list[Case]:
             copy = data[:4] + number.to_bytes(4, "little") + data[8:]
             uris.append(str(folder / f"{number:05d}_{place}.nii.gz"))
             Path(uris[-1]).write_bytes(copy)
-            digests.append(storage.sha256(copy))
+            digests.append(storage.digest_of(copy))
         made.append(
             replace(
                 case,

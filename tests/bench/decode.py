@@ -4,11 +4,10 @@
     .venv-bench/bin/python tests/bench/decode.py [--cases TREE] [--rounds 9] [--json] [--check]
 
 The peers end at cropped, z-scored float32; raybrats ends at cropped int16 with a gain and a bias a
-modality, which the device applies. Its row "as indexed" checks size and sha256 of every file, as a
+modality, which the device applies. Its row "as indexed" checks size and digest of every file, as a
 run from a cohort file does. --check compares the prepared voxels with nibabel's get_fdata.
 """
 
-import hashlib
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 import SimpleITK
 import torch
 import torchio as tio
+from blake3 import blake3
 from measure import Peer
 from nibabel import orientations
 
@@ -117,7 +117,7 @@ def peers_for(cases: list[Case], folder: Path) -> list[Peer]:
 
     def with_digests(case: Case) -> object:
         files = [Path(uri).read_bytes() for uri in (*case.image_uris, case.label_uri)]
-        return inflate(files), [hashlib.sha256(f).digest() for f in files]
+        return inflate(files), [blake3(f).digest() for f in files]
 
     def own(case: Case) -> object:
         return prepare_case(case, DataConfig())
@@ -131,9 +131,9 @@ def peers_for(cases: list[Case], folder: Path) -> list[Peer]:
         Peer("nnU-Net DefaultPreprocessor.run_case", over(preprocessor, cases)),
         Peer("TorchIO load + crop + z-score", over(torchio_chain, cases)),
         Peer("SimpleITK + numpy", over(simpleitk_numpy, cases)),
-        Peer("raybrats, as indexed (sha256)", over(own, indexed)),
+        Peer("raybrats, as indexed (digests)", over(own, indexed)),
         Peer(OWN, over(own, cases)),
-        Peer("read + libdeflate + sha256", over(with_digests, cases)),
+        Peer("read + libdeflate + digests", over(with_digests, cases)),
         Peer("read + libdeflate", over(read_and_inflate, cases)),
         Peer(LIMIT, over(inflate, held)),
     ]

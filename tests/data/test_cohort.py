@@ -1,6 +1,5 @@
 """A cohort file says what opening every case showed, and quarantines in words."""
 
-import hashlib
 import random
 import shutil
 from dataclasses import fields, replace
@@ -12,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from blake3 import blake3
 from niftis import canonical, nifti, with_fields, zipped
 
 from raybrats.brats import EDITIONS, MODALITIES
 from raybrats.config import NUM_FOLDS, DataConfig
 from raybrats.data import cohort
+from raybrats.data.case import open_case
 from raybrats.data.cohort import Case
 from raybrats.data.phantom import make_phantom, write_phantoms
 from raybrats.errors import ChangedObjectError, DataError, MissingObjectError
@@ -54,7 +55,7 @@ def test_verifying_fills_every_column_with_what_numpy_counts(trees: Path, editio
         uris = [*case.image_uris, case.label_uri]
         files = [Path(uri).read_bytes() for uri in uris]
         assert verified.sizes == tuple(len(data) for data in files)
-        assert verified.digests == tuple(hashlib.sha256(data).hexdigest() for data in files)
+        assert verified.digests == tuple(blake3(data).hexdigest() for data in files)
         images = [canonical(nib.load(uri)) for uri in case.image_uris]
         image = np.moveaxis(images[0], -1, 0) if edition == "msd" else np.stack(images)
         mask = canonical(nib.load(case.label_uri))
@@ -229,10 +230,10 @@ def test_an_unknown_label_is_quarantined(one: Path):
 
 @pytest.mark.parametrize("lost", [("seg",), ("flair",), ("flair", "t1", "seg"), ("t2",)])
 def test_a_file_without_an_orientation_lies_as_the_others(one: Path, lost: tuple[str, ...]):
-    whole = cohort.open_case(only(one))
+    whole = open_case(only(one))
     for end in lost:
         spoil(one, end, lambda v, a: with_fields(nifti(v, a), sform_code=0, qform_code=0))
-    opened = cohort.open_case(only(one))
+    opened = open_case(only(one))
     assert np.array_equal(opened.labels, whole.labels)
     for ours, theirs in zip(opened.volumes, whole.volumes, strict=True):
         assert np.array_equal(ours, theirs)
@@ -280,13 +281,13 @@ def test_a_missing_or_changed_file_is_told_from_a_damaged_one(one: Path):
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(ChangedObjectError, match=f"{file.name}: other bytes than were recorded"):
-        cohort.open_case(case)
+        open_case(case)
     file.write_bytes(data + b"\0")
     with pytest.raises(ChangedObjectError, match=f"{len(data) + 1} bytes where {len(data)}"):
-        cohort.open_case(case)
+        open_case(case)
     file.unlink()
     with pytest.raises(MissingObjectError, match=f"{file.name}: does not exist"):
-        cohort.open_case(case)
+        open_case(case)
     assert file.name in cohort.verify_case(case).reason
 
 
@@ -313,8 +314,6 @@ def test_unlabelled_cases_count_as_quarantined_only_beside_labelled_ones(trees: 
         {"case_id": cases[0].case_id, "reason": "why"},
         *({"case_id": case.case_id, "reason": "no label file"} for case in bare[1:]),
     ]
-    with pytest.raises(DataError, match=f"{bare[0].case_id}: no label file"):
-        cohort.open_case(bare[0], need_labels=True)
 
 
 def test_a_case_is_prepared_with_the_modalities_asked_for(trees: Path):
@@ -324,6 +323,36 @@ def test_a_case_is_prepared_with_the_modalities_asked_for(trees: Path):
     order = [MODALITIES.index("t1ce"), MODALITIES.index("flair")]
     assert np.array_equal(prepared.image, image[order][:, *prepared.box])
     assert np.array_equal(prepared.labels, labels[prepared.box])
+
+
+def test_only_the_files_that_are_wanted_are_read(one: Path):
+    case = cohort.verify_case(only(one))
+    whole = cohort.prepare_case(case, DataConfig(modalities=("t1ce", "flair")))
+    for lost in ("t1", "t2"):
+        next(one.glob(f"*_{lost}.nii.gz")).unlink()
+    prepared = cohort.prepare_case(case, DataConfig(modalities=("t1ce", "flair")))
+    assert np.array_equal(prepared.image, whole.image)
+    next(one.glob("*_seg.nii.gz")).unlink()
+    opened = open_case(case, ("flair", "t1ce"), labels=False)
+    flair, t1ce = opened.volumes
+    assert np.array_equal(np.stack([t1ce, flair])[:, *whole.box], whole.image)
+    assert opened.labels is None
+    with pytest.raises(MissingObjectError, match=r"_t2\.nii\.gz: does not exist"):
+        open_case(case, ("flair", "t2"), labels=False)
+    with pytest.raises(MissingObjectError, match=r"_seg\.nii\.gz: does not exist"):
+        open_case(case, ("flair",))
+
+
+def test_a_case_without_any_wanted_file_is_refused(one: Path):
+    case = replace(only(one), image_uris=("", *only(one).image_uris[1:]))
+    with pytest.raises(DataError, match=f"{case.case_id}: no flair file"):
+        open_case(case, ("flair",))
+
+
+def test_a_row_whose_shape_is_not_that_of_the_files_is_refused(one: Path):
+    case = replace(cohort.verify_case(only(one)), shape=(24, 24, 19))
+    with pytest.raises(DataError, match=r"\(24, 24, 20\) voxels where its row has \(24, 24, 19\)"):
+        cohort.prepare_case(case, DataConfig())
 
 
 @pytest.mark.real

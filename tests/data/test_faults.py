@@ -153,7 +153,7 @@ def test_d1_no_flipped_bit_of_real_files_is_missed(real_cases: Path, tmp_path: P
     copy, harmless, caught = tmp_path / "copy.nii.gz", 0, 0
     for file in files:
         sound = file.read_bytes()
-        digest = storage.sha256(sound)
+        digest = storage.digest_of(sound)
         for _ in range(300 // len(files)):
             bit = draw.randrange(8 * len(sound))
             damaged = bytearray(sound)
@@ -496,6 +496,7 @@ def test_d7_no_subject_is_in_two_folds(visits: dict[int, int], kind: str, seed: 
 
 
 ROW = Case("BraTS-GLI-00012-000", "BraTS-GLI-00012", "2023", "brats", ("a",) * 4, "b", (1, 2, 3))
+BOXED = {"case_id": "a", "subject": "a", "shape": (9, 9, 7)}
 
 
 @pytest.mark.parametrize(
@@ -507,6 +508,9 @@ ROW = Case("BraTS-GLI-00012-000", "BraTS-GLI-00012", "2023", "brats", ("a",) * 4
         ({"case_id": "a\\b"}, "is no file name"),
         ({"case_id": ".hidden"}, "is no file name"),
         ({"case_id": ""}, "is no file name"),
+        (BOXED | {"box": (0, 9, 0, 9, 0, 8)}, "box (0, 9, 0, 9, 0, 8) in a shape of (9, 9, 7)"),
+        (BOXED | {"box": (0, 9, 4, 4, 0, 7)}, "box (0, 9, 4, 4, 0, 7) in a shape"),
+        (BOXED | {"box": (0, 9, 0, 9)}, "box (0, 9, 0, 9) in a shape"),
     ],
 )
 def test_d7_d8_a_cohort_file_that_was_edited_wrongly_is_refused(tmp_path, changes, said):

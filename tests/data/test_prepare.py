@@ -124,6 +124,23 @@ def test_nothing_is_clipped_by_the_other_normalisations(phantom, normalisation: 
     assert set(prepared.high.tolist()) == {32767}
 
 
+@pytest.mark.parametrize("normalisation", ["zscore", "minmax", "percentile"])
+@pytest.mark.parametrize("background", [0, -3, 0.25])
+def test_a_box_that_is_known_gives_the_case_that_looking_for_it_gives(
+    phantom, normalisation: str, background: float
+):
+    modalities = list(phantom[0] + np.asarray(background))
+    looked = prepare(modalities, phantom[1], normalisation)
+    known = prepare(modalities, phantom[1], normalisation, box=looked.box)
+    for name, value in vars(looked).items():
+        assert np.array_equal(getattr(known, name), value), name
+    wider = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in looked.box)
+    roomy = prepare(modalities, phantom[1], normalisation, box=wider)
+    for name in ("gain", "bias", "low", "high", "background"):
+        assert np.array_equal(getattr(roomy, name), getattr(looked, name)), name
+    assert (roomy.box, roomy.counts[1:].tolist()) == (wider, looked.counts[1:].tolist())
+
+
 def test_tumour_outside_the_brain_is_kept_in_the_box():
     image, labels = np.zeros(SHAPE, np.int16), np.zeros(SHAPE, np.uint8)
     image[8:12, 8:12, 8:12] = np.arange(1, 65).reshape(4, 4, 4)

@@ -60,7 +60,7 @@ def test_what_is_written_is_read_listed_and_deleted(place: str):
     storage.write_bytes(blob, BLOB)
     storage.write_bytes(storage.join(place, "empty"), b"")
     assert storage.read_bytes(small) == b"hello"
-    assert storage.read_bytes(blob, size=len(BLOB), digest=storage.sha256(BLOB)) == BLOB
+    assert storage.read_bytes(blob, size=len(BLOB), digest=storage.digest_of(BLOB)) == BLOB
     assert storage.read_bytes(storage.join(place, "empty")) == b""
     assert list(storage.list_objects(place).items()) == [
         (blob, len(BLOB)),
@@ -106,7 +106,7 @@ def test_other_bytes_than_recorded_are_refused(place: str):
         storage.read_bytes(uri, size=299_999)
     storage.write_bytes(uri, bytes([BLOB[0] ^ 1]) + BLOB[1:])
     with pytest.raises(ChangedObjectError, match=f"^{uri}: other bytes than were recorded"):
-        storage.read_bytes(uri, size=len(BLOB), digest=storage.sha256(BLOB))
+        storage.read_bytes(uri, size=len(BLOB), digest=storage.digest_of(BLOB))
 
 
 def test_what_is_missing_is_said_to_be_missing(place: str):
@@ -268,7 +268,7 @@ def proxy(
 
 
 def read_blob(uri: str) -> bytes:
-    return storage.read_bytes(uri, size=len(BLOB), digest=storage.sha256(BLOB))
+    return storage.read_bytes(uri, size=len(BLOB), digest=storage.digest_of(BLOB))
 
 
 @pytest.mark.s3
@@ -310,7 +310,8 @@ def test_a_fault_that_stays_is_given_up_within_the_deadline(
     assert time.monotonic() - started < 3 + 1.2 + 1.5
     tries = int(re.findall(r"after (\d) tries", str(caught.value))[0])
     assert tries >= 2
-    assert [request.fault for request in proxy.seen] == [fault] * tries
+    seen = [request.fault for request in proxy.seen]
+    assert seen in ([fault] * tries, [fault] * (tries - 1))  # the deadline may cut the last short
     assert "\n" not in str(caught.value)
 
 

@@ -23,9 +23,9 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight cases in the trees of three editions: real ones where there are any."""
+    """Eight cases in the trees of three editions: real ones in a soak, where there are any."""
     folder = tmp_path_factory.mktemp("tree")
-    if "RAYBRATS_REAL_CASES" in os.environ:
+    if {"RAYBRATS_SOAK", "RAYBRATS_REAL_CASES"} <= os.environ.keys():
         for edition in ("brats2020", "brats2021", "brats2023"):
             shutil.copytree(Path(os.environ["RAYBRATS_REAL_CASES"], edition), folder / edition)
         return folder

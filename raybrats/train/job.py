@@ -1,0 +1,33 @@
+"""What the driver tells the workers of a run; the driver itself never imports a network."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from raybrats.config import TrainConfig
+from raybrats.data.case import Case
+from raybrats.registry.tracking import Run
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs, fixed by the driver."""
+
+    config: TrainConfig
+    run_uri: str
+    train_cases: tuple[Case, ...]
+    held_out: tuple[Case, ...]
+    data_cpus: float
+    """For the decoding tasks of each worker."""
+    tracking: Run
+    board: "ActorHandle | None" = None
+
+
+def work(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`worker.work`, imported where it runs: torch and MONAI take seconds and 300 MB."""
+    from raybrats.train.worker import work
+
+    return work(settings["job"])
