@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import mmap
 import os
 import re
@@ -19,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 
 import deflate
@@ -41,9 +41,9 @@ _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 """Names of entries; whatever else lies in the folder is not ours to remove."""
 _FREE_SHARE = 0.06
 """Of the disk that is left free; Ray itself stops spilling when 5 % are."""
-_LARGE_VOXELS = 96**3
-"""Draws from here on touch most pages of a case, which are cheaper to map all at once."""
-_POPULATE = getattr(mmap, "MAP_POPULATE", 0)  # Linux has it
+_OPEN = 64
+"""Cases that a process keeps mapped, for opening one costs more than a small patch. Bounds the
+disk space of entries that were removed meanwhile, and the page tables: 60 KB a case."""
 _DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "I16": "<i2", "U8": "|u1"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -94,7 +94,7 @@ def prepared(case: Case, data: DataConfig) -> tuple[Prepared, Tally]:
     try:
         folder = _folder(data.cache_dir)
         entry = folder / f"{_key(case, data)}.safetensors"
-        found, damaged = _read(entry, data)
+        found, damaged = _read(entry)
         if found is not None:
             return found, Tally(hits=1)
         lock = _lock(folder / f"lock-{int(entry.name[:8], 16) % _LOCKS}")
@@ -107,7 +107,7 @@ def prepared(case: Case, data: DataConfig) -> tuple[Prepared, Tally]:
 
 def _made(case: Case, data: DataConfig, entry: Path, tally: Tally) -> tuple[Prepared, Tally]:
     """The case once it is its turn: another process may have made it meanwhile."""
-    found, damaged = _read(entry, data)
+    found, damaged = _read(entry)
     if found is not None:
         return found, tally + Tally(hits=1, damaged=damaged)
     made = prepare_case(case, data)
@@ -144,27 +144,39 @@ def _key(case: Case, data: DataConfig) -> str:
     return hashlib.sha256(json.dumps([made_of, made_as]).encode()).hexdigest()
 
 
-def _read(entry: Path, data: DataConfig) -> tuple[Prepared | None, int]:
+def _read(entry: Path) -> tuple[Prepared | None, int]:
     """The case of an entry, or None; and whether there was one that is damaged, now removed."""
     try:
-        with entry.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            large = data.sampling == "volume" or math.prod(data.patch_size) >= _LARGE_VOXELS
-            flags = mmap.MAP_SHARED | (_POPULATE if large else 0)
-            mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
-        mark = (stat.st_ino, stat.st_mtime_ns)
-        known = _process.verified.get(entry.name) == mark
-        case = _unpacked(_arrays(mapped, verify=not known))
+        stat = entry.stat()
+        case = _mapped(entry, stat.st_ino, stat.st_mtime_ns)
     except FileNotFoundError:
         return None, 0
     except (ValueError, KeyError, TypeError, AttributeError):
         with suppress(FileNotFoundError):
             entry.unlink()
         return None, 1
-    _process.verified[entry.name] = mark
     with suppress(OSError):  # it was removed meanwhile, or the disk is read-only
         os.utime(entry, ns=(time.time_ns(), stat.st_mtime_ns))  # what eviction goes by
     return case, 0
+
+
+@lru_cache(maxsize=_OPEN)
+def _mapped(entry: Path, inode: int, mtime_ns: int) -> Prepared:
+    """The case of the entry that has this inode and time; its digest is compared once.
+
+    Raises:
+        FileNotFoundError: there is another entry by now.
+        ValueError, KeyError, TypeError, AttributeError: it is not what was written.
+    """
+    mark = inode, mtime_ns
+    with entry.open("rb") as file:
+        stat = os.fstat(file.fileno())
+        if mark != (stat.st_ino, stat.st_mtime_ns):
+            raise FileNotFoundError(entry)
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    case = _unpacked(_arrays(mapped, verify=_process.verified.get(entry.name) != mark))
+    _process.verified[entry.name] = mark
+    return case
 
 
 def _arrays(mapped: mmap.mmap, verify: bool) -> dict[str, np.ndarray]:

@@ -283,6 +283,14 @@ def drained_at_once(
     )
 
 
+def wanted(uploaded: Uploaded, config: TrainConfig) -> dict[str, int]:
+    """Bytes of each object that a run needs: of its modalities, and the labels."""
+    ends = tuple(f"_{kind}.nii.gz" for kind in (*config.data.modalities, "seg"))
+    found = {path: size for path, size in uploaded.sizes.items() if path.endswith(ends)}
+    assert len(found) == len(uploaded.cases) * len(ends)
+    return found
+
+
 def objects_read(uploaded: Uploaded) -> tuple[Counter[tuple[str, str]], int]:
     """The requests that came by, and the bytes that were answered."""
     seen = uploaded.proxy.seen
@@ -294,10 +302,11 @@ def test_two_ranks_read_each_object_once_in_the_first_epoch_and_never_again(
     uploaded: Uploaded, config: TrainConfig
 ):
     config = override(config, "optim.global_batch", 2)
-    once = Counter(("GET", path) for path in uploaded.sizes)
+    objects = wanted(uploaded, config)
+    once = Counter(("GET", path) for path in objects)
     first = [Share(rank, 2, 0, 3, CPUS / 2) for rank in (0, 1)]
     assert drained_at_once(uploaded, config, first) == (Tally(misses=6), list(range(6)))
-    assert objects_read(uploaded) == (once, sum(uploaded.sizes.values()))
+    assert objects_read(uploaded) == (once, sum(objects.values()))
     second = [Share(rank, 2, 3, 6, CPUS / 2) for rank in (0, 1)]
     assert drained_at_once(uploaded, config, second) == (Tally(hits=6), list(range(6, 12)))
     assert objects_read(uploaded) == (Counter(), 0)
@@ -311,8 +320,9 @@ def test_two_trials_that_want_the_same_cases_at_once_read_each_object_once(
     shares = [Share(0, 1, 0, 3, CPUS / 2)] * 2
     tally, draws = drained_at_once(uploaded, config, shares)
     assert (tally, draws) == (Tally(misses=6, hits=6), sorted([*range(6), *range(6)]))
-    once = Counter(("GET", path) for path in uploaded.sizes)
-    assert objects_read(uploaded) == (once, sum(uploaded.sizes.values()))
+    objects = wanted(uploaded, config)
+    once = Counter(("GET", path) for path in objects)
+    assert objects_read(uploaded) == (once, sum(objects.values()))
 
 
 @pytest.mark.s3
@@ -322,8 +332,9 @@ def test_without_a_cache_each_visit_reads_its_case_and_nothing_more(
     config = override_all(config, {"optim.global_batch": 2, "data.cache_gb": 0.0})
     tally, _ = drained_at_once(uploaded, config, [Share(0, 1, 0, 6, CPUS)])
     assert tally == Tally(misses=12)
-    twice = Counter({("GET", path): 2 for path in uploaded.sizes})
-    assert objects_read(uploaded) == (twice, 2 * sum(uploaded.sizes.values()))
+    objects = wanted(uploaded, config)
+    twice = Counter({("GET", path): 2 for path in objects})
+    assert objects_read(uploaded) == (twice, 2 * sum(objects.values()))
 
 
 def test_a_file_changed_since_indexing_ends_the_stream_by_name(

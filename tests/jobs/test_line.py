@@ -29,9 +29,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for edition in ("brats2020", "brats2021", "brats2023"):
             shutil.copytree(Path(os.environ["RAYBRATS_REAL_CASES"], edition), folder / edition)
         return folder
-    for edition, cases in (("2020", 1), ("2021", 6), ("2023", 1)):
-        out = str(folder / edition)
-        write_phantoms(out, num_cases=cases, shape=(64, 64, 48), edition=edition)
+    for seed, (edition, cases) in enumerate((("2020", 1), ("2021", 6), ("2023", 1))):
+        out = str(folder / edition)  # a seed of its own: the same phantom twice is a duplicate
+        write_phantoms(out, num_cases=cases, shape=(64, 64, 48), edition=edition, seed=seed)
     return folder
 
 
