@@ -28,8 +28,8 @@ def tiny() -> TrainConfig:
             noise=0.05, rotation=0.0, scale=0.0, blur=0.0, low_resolution=0.0, inverted_gamma=0.0
         ),
         network=NetworkConfig(widths=(8, 16, 32, 64)),
-        optim=OptimConfig(lr=1e-2, steps=200, global_batch=4),
-        validation=ValidationConfig(every_steps=100, overlap=0.25),
+        optim=OptimConfig(lr=1e-2, steps=150, global_batch=4),
+        validation=ValidationConfig(every_steps=75, overlap=0.25),
         cluster=ClusterConfig(workers=2, device="cpu", cpus_per_worker=0.5),
         run=RunConfig(seed=1),
     )

@@ -110,7 +110,7 @@ def open_case(case: Case, modalities: Sequence[str] = MODALITIES, *, labels: boo
     return Opened(
         volumes=_modalities(case, modalities, images),
         labels=encoded,
-        grid=images[0].grid,
+        grid=volumes[0].grid,
         sources=tuple(sources),
     )
 
@@ -125,7 +125,7 @@ def _sources(case: Case, modalities: Sequence[str], *, labels: bool) -> list[Sou
     uris = case.image_uris
     if len(uris) == len(MODALITIES):
         uris = tuple(u if m in modalities else "" for m, u in zip(MODALITIES, uris, strict=True))
-    if not any(uris):
+    if modalities and not any(uris):
         raise DataError(f"{case.case_id}: no {', '.join(modalities)} file")
     uris += (case.label_uri,) if labels and case.label_uri else ()
     expected = case.sizes or (None,) * len(uris), case.digests or (None,) * len(uris)
@@ -139,17 +139,22 @@ def _modalities(
     case: Case, modalities: Sequence[str], images: Sequence[Volume]
 ) -> tuple[np.ndarray, ...]:
     """One canonical array a modality, scaled where the file says so; a missing one is zeros."""
+    if not modalities:
+        return ()
     plain = [v.voxels if (v.slope, v.intercept) == (1.0, 0.0) else v.values for v in images]
-    if len(case.image_uris) == 1 and plain[0].ndim == 4:
+    single = len(case.image_uris) == 1
+    if single and plain[0].ndim == 4:
         plain = [plain[0][..., m] for m in range(plain[0].shape[3])]
-    elif len(case.image_uris) == len(MODALITIES):
-        empty = np.zeros(plain[0].shape, np.int16, order="F")
-        empty.flags.writeable = False  # as the decoded ones are
-        wanted = [m for m in MODALITIES if m in modalities and m not in case.missing]
-        found = dict(zip(wanted, plain, strict=True))
-        plain = [found.get(modality, empty) for modality in MODALITIES]
-    if len(plain) != len(MODALITIES) or any(v.ndim != 3 for v in plain):
+    there = [m for m in MODALITIES if single or (m in modalities and m not in case.missing)]
+    if len(plain) != len(there) or any(v.ndim != 3 for v in plain):
         shapes = ", ".join(str(v.voxels.shape) for v in images)
         rule = "expected one 3-D file a modality, or one 4-D file of flair, t1, t1ce, t2"
         raise DataError(f"{case.case_id}: {shapes} is not four modalities of 3-D volumes; {rule}")
-    return tuple(plain[MODALITIES.index(modality)] for modality in modalities)
+    found = dict(zip(there, plain, strict=True))
+    return tuple(found[m] if m in found else _empty(plain[0].shape) for m in modalities)
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    voxels = np.zeros(shape, np.int16, order="F")
+    voxels.flags.writeable = False  # as decoded ones are
+    return voxels

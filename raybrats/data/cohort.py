@@ -12,7 +12,7 @@ import numpy as np
 from raybrats.brats import MODALITIES
 from raybrats.config import NUM_FOLDS, DataConfig
 from raybrats.data import layout, storage
-from raybrats.data.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, from_row, open_case
+from raybrats.data.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, Opened, from_row, open_case
 from raybrats.data.prepare import Prepared, prepare
 from raybrats.data.volume import canonical_spacing
 from raybrats.errors import ChangedObjectError, DataError, MissingObjectError
@@ -45,21 +45,49 @@ def with_folds(cases: Sequence[Case]) -> list[Case]:
 def prepare_case(case: Case, data: DataConfig) -> Prepared:
     """A case read, decoded, cropped and quantised, with the modalities that are asked for.
 
-    An indexed case is cropped to the box in its row, which is that of all its modalities.
+    An indexed case is cropped to the box in its row, which is that of all its modalities. That its
+    files belong together was seen when it was indexed, so they are opened one after the other.
 
     Raises:
         DataError: the case is damaged, or not of the shape in its row.
         StorageError: a file is out of reach, or not the bytes that were indexed.
     """
-    opened = open_case(case, data.modalities)
     how = data.normalisation, data.percentiles
-    if not case.box:
+    if not case.box or len(case.image_uris) == 1:  # a 4-D file is not opened in parts
+        opened = open_case(case, data.modalities)
         return prepare(opened.volumes, opened.labels, *how)
-    shape = opened.volumes[0].shape
-    if shape != case.shape:
-        raise DataError(f"{case.case_id}: {shape} voxels where its row has {case.shape}")
+    labels = _alone(case, None).labels if case.label_uri else None
     i, j, k = (slice(*case.box[first : first + 2]) for first in (0, 2, 4))
-    return prepare(opened.volumes, opened.labels, *how, box=(i, j, k))
+    return prepare(_Modalities(case, data.modalities), labels, *how, box=(i, j, k))
+
+
+def _alone(case: Case, modality: str | None) -> Opened:
+    """One file of an indexed case, the labels where no modality is named, as its first volume.
+
+    A file without an orientation lies as the others do, so then all are opened.
+    """
+    wanted = (modality,) if modality else ()
+    opened = open_case(case, wanted, labels=not modality)
+    return opened if opened.grid.known else open_case(case, (*wanted, *MODALITIES))
+
+
+class _Modalities(Sequence[np.ndarray]):
+    """The volumes of an indexed case, each opened when it is asked for."""
+
+    def __init__(self, case: Case, names: Sequence[str]) -> None:
+        self._case, self._names = case, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, place: int) -> np.ndarray:
+        case, name = self._case, self._names[place]
+        if name in case.missing:
+            return np.zeros(case.shape, np.int16, order="F")
+        volume = _alone(case, name).volumes[0]
+        if volume.shape != case.shape:
+            raise DataError(f"{case.case_id}: {volume.shape} voxels where its row has {case.shape}")
+        return volume
 
 
 def verify_case(case: Case) -> Case:

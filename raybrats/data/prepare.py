@@ -67,35 +67,33 @@ def prepare(
     The brain is every voxel that differs, in any modality, from that modality's background: the
     value that the eight corners share, else 0. (Not "> 0": real volumes have negative brain
     voxels, and a z-scored input has a background that is not 0.) A box that is known to hold brain
-    and tumour saves looking for it: only what is kept is read again.
+    and tumour saves looking for it; then each modality is asked for once and let go before the
+    next.
 
     Raises:
         DataError: the shapes differ, or every voxel is background.
     """
     from raybrats.data import scan  # numba: only where cases are prepared, not where they are read
 
-    shape = modalities[0].shape
-    given = [m.shape for m in modalities] + ([] if labels is None else [labels.shape])
-    if any(other != shape for other in given):
-        raise DataError(f"volumes of one case differ in shape: {given}")
-    pairs = [_quantised(modality) for modality in modalities]
-    whole = tuple(_stored(voxels) for voxels, _ in pairs)
-    background = np.array([outside for _, outside in pairs], np.int16)
     mask = None if labels is None else _stored(labels)
-    sums = None
     if box is None:
+        shape = _common([m.shape for m in modalities] + ([] if labels is None else [labels.shape]))
+        pairs = [_quantised(modality) for modality in modalities]
+        whole = tuple(_stored(voxels) for voxels, _ in pairs)
+        background = np.array([outside for _, outside in pairs], np.int16)
         ends, sums = scan.brain(whole, background)
         box = _spans(ends if mask is None else _joined(ends, scan.tumour(mask)[0]))
-    stored = box[::-1]
-    image = np.stack([voxels[stored] for voxels in whole])
-    if sums is None:
+        image = np.stack([voxels[box[::-1]] for voxels in whole])
+    else:
+        image, background, shapes = _cropped(modalities, box)
+        shape = _common(shapes + ([] if labels is None else [labels.shape]))
         sums = scan.brain(tuple(map(_read_only, image)), background)[1]
     if normalisation == "percentile":
         low, high = _percentiles(scan.histogram(image, background), percentiles)
     else:
-        low, high = np.full(len(whole), _INT16.min), np.full(len(whole), _INT16.max)
+        low, high = np.full(len(image), _INT16.min), np.full(len(image), _INT16.max)
     gain, bias = _gain_bias(sums, low, high, normalisation)
-    cropped = None if mask is None else mask[stored].copy()
+    cropped = None if mask is None else mask[box[::-1]].copy()
     counts = np.zeros(4, np.int64) if cropped is None else scan.tumour(cropped)[1]
     return Prepared(
         image=image.transpose(0, 3, 2, 1),
@@ -157,6 +155,27 @@ def bounding_box(mask: np.ndarray) -> Box:
             raise DataError("every voxel is background; is the volume empty?")
         spans.append(slice(int(places[0]), int(places[-1]) + 1))
     return spans[0], spans[1], spans[2]
+
+
+def _common(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    if len(set(shapes)) > 1:
+        raise DataError(f"volumes of one case differ in shape: {list(shapes)}")
+    return shapes[0]
+
+
+def _cropped(
+    modalities: Sequence[np.ndarray], box: Box
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, ...]]]:
+    """The crop (modality, k, j, i) as int16, each background among it, and the whole's shapes."""
+    image = np.empty((len(modalities), *(s.stop - s.start for s in box[::-1])), np.int16)
+    background, shapes = np.empty(len(modalities), np.int16), []
+    for place in range(len(modalities)):
+        voxels = modalities[place]
+        quantised, background[place] = _quantised(voxels)
+        image[place] = quantised[box].T
+        shapes.append(voxels.shape)
+        del voxels, quantised  # so that the next is unpacked into the same memory
+    return image, background, shapes
 
 
 def _stored(voxels: np.ndarray) -> np.ndarray:

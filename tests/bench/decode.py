@@ -189,7 +189,7 @@ def main() -> None:
         with measure.quiet():
             peers = peers_for(cases, Path(folder))
             measure.one_thread()  # nnU-Net's planner has set its own
-            measure.interleave(peers, options.rounds)
+            measure.interleave(peers, options.rounds, warm=2)
     rows = measure.record(peers, OWN, LIMIT)
     text = measure.table("one case, files to cropped", rows)
     measure.report({"cases": len(cases), "peers": rows}, text, as_json=options.json)

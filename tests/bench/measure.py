@@ -1,21 +1,24 @@
-"""CPU-seconds of peers in interleaved rounds of one process, and the tables of the benchmarks.
+"""CPU-seconds of peers in interleaved rounds, and the tables of the benchmarks.
 
-Every call of a peer is one sample: user and system time of this process and of the children that
-it has waited for. Each peer has one thread. Rounds are interleaved, so that another load on the
+Every call of a peer is one sample: user and system time of its process and of the children that
+it has waited for. Each peer has a process, so that none meets the memory that another has left to
+the allocator, and one thread. Rounds are interleaved, so that another load on the
 machine meets all peers alike and the ratios hold where the times do not.
 """
 
 import argparse
 import gc
 import json
+import multiprocessing
 import resource
 import statistics
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 
 PHANTOM_SHAPE = (240, 240, 155)
@@ -49,14 +52,35 @@ def cpu_seconds() -> float:
 
 def interleave(peers: Sequence[Peer], rounds: int, warm: int = 1) -> None:
     """Fills in `seconds`: every peer once a round, after some rounds that do not count."""
-    for turn in range(-warm, rounds):
-        for peer in peers:
-            gc.collect()
-            began = cpu_seconds()
-            peer.call(turn % max(rounds, 1))
-            spent = cpu_seconds() - began
-            if turn >= 0:
-                peer.seconds.append(spent / peer.units)
+    with ExitStack() as stack:
+        pipes = [stack.enter_context(_forked(peer)) for peer in peers]
+        for turn in range(-warm, rounds):
+            for peer, pipe in zip(peers, pipes, strict=True):
+                pipe.send(turn % max(rounds, 1))
+                spent = pipe.recv()
+                if turn >= 0:
+                    peer.seconds.append(spent / peer.units)
+
+
+@contextmanager
+def _forked(peer: Peer) -> Iterator[Connection]:
+    """A fork of this process that takes numbers of rounds and answers with CPU-seconds."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(peer, theirs))
+    process.start()
+    theirs.close()
+    yield ours
+    ours.send(None)
+    process.join()
+
+
+def _serve(peer: Peer, pipe: Connection) -> None:
+    while (turn := pipe.recv()) is not None:
+        gc.collect()
+        began = cpu_seconds()
+        peer.call(turn)
+        pipe.send(cpu_seconds() - began)
 
 
 def one_thread() -> None:

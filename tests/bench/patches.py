@@ -7,7 +7,7 @@ raybrats draws from its node cache, one patch in three centred on tumour. The li
 the patch's int16 bytes into a buffer that is kept. Where a peer draws at random what it does to a
 patch, the mean over the rounds counts, else the median. MONAI cuts one patch a case by default, as
 raybrats does, and four in its spleen tutorial; copy_cache=False leaves out its deep copy of the
-cached case. All run in one thread of one process, without workers.
+cached case. All run in one thread, without workers.
 The peers' rows "+ augmentation" are what each does by default or in its tutorial, not the same
 transforms; raybrats augments on the training device, its row on the CPU is for comparison only.
 """

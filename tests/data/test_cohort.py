@@ -349,6 +349,33 @@ def test_a_case_without_any_wanted_file_is_refused(one: Path):
         open_case(case, ("flair",))
 
 
+@pytest.mark.parametrize("lost", [("seg",), ("flair", "t1"), ("flair", "t1", "t1ce", "t2"), "all"])
+@pytest.mark.parametrize("absent", [None, "t1ce"])
+def test_an_indexed_case_opened_file_by_file_is_the_case_opened_at_once(
+    one: Path, lost: tuple[str, ...], absent: str | None
+):
+    for end in (*MODALITIES, "seg") if lost == "all" else lost:
+        spoil(one, end, lambda v, a: with_fields(nifti(v, a), sform_code=0, qform_code=0))
+    if absent:
+        next(one.glob(f"*_{absent}.nii.gz")).unlink()
+    found = only(one)
+    indexed = cohort.verify_case(found)
+    assert indexed.status == ("incomplete" if absent else "ok")
+    at_once, by_file = (cohort.prepare_case(c, DataConfig()) for c in (found, indexed))
+    for name, value in vars(at_once).items():
+        assert np.array_equal(getattr(by_file, name), value), name
+
+
+def test_an_indexed_4d_case_is_that_of_its_file(trees: Path):
+    found = cohort.find_cases(str(trees / "msd"))[0]
+    at_once, by_row = (
+        cohort.prepare_case(c, DataConfig(modalities=("t2", "flair")))
+        for c in (found, cohort.verify_case(found))
+    )
+    for name, value in vars(at_once).items():
+        assert np.array_equal(getattr(by_row, name), value), name
+
+
 def test_a_row_whose_shape_is_not_that_of_the_files_is_refused(one: Path):
     case = replace(cohort.verify_case(only(one)), shape=(24, 24, 19))
     with pytest.raises(DataError, match=r"\(24, 24, 20\) voxels where its row has \(24, 24, 19\)"):

@@ -116,6 +116,7 @@ def test_sweep_has_four_trials_and_registers_the_best(trained: dict[str, Any], l
     sizes = "[[32,32,32],[48,48,48]]" if line.patch == "64 64 64" else "[[16,16,16],[32,32,32]]"
     sweep = line.job(
         f"tune.py tiny {line.options} {SMALL.format(patch=line.patch)} --trials 4 "
+        "--cluster.workers 1 "
         "--optim.steps 8 --validation.every_steps 4 --run.name sweep "
         '--space "loss.dice_weight=uniform(0.2,0.8)" '
         f'--space "data.patch_size=choice({sizes})"'
