@@ -30,7 +30,7 @@ from raybrats.data.case import Case
 from raybrats.data.cohort import find_cases, prepare_case, verify_case
 from raybrats.data.volume import CANONICAL
 
-OWN, LIMIT = "raybrats, as found", "limit: libdeflate alone"
+OWN, LIMIT = "raybrats, as indexed", "limit: libdeflate alone"
 
 _monai = mt.Compose(
     [
@@ -131,8 +131,8 @@ def peers_for(cases: list[Case], folder: Path) -> list[Peer]:
         Peer("nnU-Net DefaultPreprocessor.run_case", over(preprocessor, cases)),
         Peer("TorchIO load + crop + z-score", over(torchio_chain, cases)),
         Peer("SimpleITK + numpy", over(simpleitk_numpy, cases)),
-        Peer("raybrats, as indexed (digests)", over(own, indexed)),
-        Peer(OWN, over(own, cases)),
+        Peer(OWN, over(own, indexed)),
+        Peer("raybrats, as found", over(own, cases)),
         Peer("read + libdeflate + digests", over(with_digests, cases)),
         Peer("read + libdeflate", over(read_and_inflate, cases)),
         Peer(LIMIT, over(inflate, held)),
