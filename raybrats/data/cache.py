@@ -29,7 +29,7 @@ from raybrats.data.case import Case
 from raybrats.data.cohort import prepare_case
 from raybrats.data.prepare import Prepared
 
-VERSION = 1
+VERSION = 2
 """Of what `prepare` makes and how it is kept; entries of another one are not found."""
 _REST_S = 60.0
 """Until a process tries again to write after the disk was full."""
@@ -41,7 +41,7 @@ _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 """Names of entries; whatever else lies in the folder is not ours to remove."""
 _FREE_SHARE = 0.06
 """Of the disk that is left free; Ray itself stops spilling when 5 % are."""
-_OPEN = 64
+_OPEN = 16
 """Cases that a process keeps mapped, for opening one costs more than a small patch. Bounds the
 disk space of entries that were removed meanwhile, and the page tables: 60 KB a case."""
 _DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "I16": "<i2", "U8": "|u1"}
@@ -70,8 +70,8 @@ class Tally:
 class _Process:
     """What this process remembers."""
 
-    verified: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Inode and time of the entries whose digest it has compared, by name."""
+    verified: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    """Inode, time and size of the entries whose digest it has compared, by name."""
     resting_until: float = 0.0
     told: bool = False
 
@@ -139,7 +139,7 @@ def _key(case: Case, data: DataConfig) -> str:
     """Digest of everything that decides the prepared case."""
     percentiles = data.percentiles if data.normalisation == "percentile" else None
     there = [bool(uri) for uri in case.image_uris]
-    made_of = [VERSION, case.digests, there, case.label_values]
+    made_of = [VERSION, case.digests, there, case.label_values, case.box]
     made_as = [data.modalities, data.normalisation, percentiles]
     return hashlib.sha256(json.dumps([made_of, made_as]).encode()).hexdigest()
 
@@ -148,7 +148,7 @@ def _read(entry: Path) -> tuple[Prepared | None, int]:
     """The case of an entry, or None; and whether there was one that is damaged, now removed."""
     try:
         stat = entry.stat()
-        case = _mapped(entry, stat.st_ino, stat.st_mtime_ns)
+        case = _mapped(entry, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
     except FileNotFoundError:
         return None, 0
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -161,17 +161,16 @@ def _read(entry: Path) -> tuple[Prepared | None, int]:
 
 
 @lru_cache(maxsize=_OPEN)
-def _mapped(entry: Path, inode: int, mtime_ns: int) -> Prepared:
-    """The case of the entry that has this inode and time; its digest is compared once.
+def _mapped(entry: Path, mark: tuple[int, int, int]) -> Prepared:
+    """The case of the entry that has this inode, time and size; its digest is compared once.
 
     Raises:
         FileNotFoundError: there is another entry by now.
         ValueError, KeyError, TypeError, AttributeError: it is not what was written.
     """
-    mark = inode, mtime_ns
     with entry.open("rb") as file:
         stat = os.fstat(file.fileno())
-        if mark != (stat.st_ino, stat.st_mtime_ns):
+        if mark != (stat.st_ino, stat.st_mtime_ns, stat.st_size):
             raise FileNotFoundError(entry)
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     case = _unpacked(_arrays(mapped, verify=_process.verified.get(entry.name) != mark))

@@ -1,7 +1,7 @@
 """A case: its row in a cohort, and its files opened together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ class Opened:
     """Canonical voxels (i, j, k) of each modality that was asked for, in that order."""
     labels: np.ndarray | None
     grid: Grid
-    """Of the first image file."""
+    """Of the first file opened; where it does not know how it lies, of the first that does."""
     sources: tuple[Source | None, ...]
     """The image files, None for a missing or unwanted one, then the label file."""
 
@@ -90,6 +90,24 @@ class Opened:
 
 def open_case(case: Case, modalities: Sequence[str] = MODALITIES, *, labels: bool = True) -> Opened:
     """Reads and decodes the files of a case that are wanted, and checks that they belong together.
+
+    A file without an orientation lies as the others do, so where none of those wanted has one, all
+    are opened.
+
+    Raises:
+        DataError: a file is damaged, or files of the case differ in grid.
+        StorageError: a file is out of reach, or not the bytes that were indexed.
+    """
+    opened = open_files(case, modalities, labels=labels)
+    if opened.grid.known or (labels and set(modalities) >= set(MODALITIES)):
+        return opened
+    every = open_files(case, (*modalities, *MODALITIES))
+    volumes = every.volumes[: len(modalities)]
+    return replace(every, volumes=volumes, labels=every.labels if labels else None)
+
+
+def open_files(case: Case, modalities: Sequence[str], *, labels: bool = True) -> Opened:
+    """The files that are wanted and no others, laid as those among them that know how they lie.
 
     Raises:
         DataError: a file is damaged, or files of the case differ in grid.
@@ -128,10 +146,13 @@ def _sources(case: Case, modalities: Sequence[str], *, labels: bool) -> list[Sou
     if modalities and not any(uris):
         raise DataError(f"{case.case_id}: no {', '.join(modalities)} file")
     uris += (case.label_uri,) if labels and case.label_uri else ()
+    # a row tells of the labels too, where they are not wanted
     expected = case.sizes or (None,) * len(uris), case.digests or (None,) * len(uris)
     return [
         source.read(uri, size=size, digest=digest) if uri else None
-        for uri, size, digest in zip(uris, *expected, strict=False)
+        for uri, size, digest in zip(
+            uris, *expected, strict=False
+        )  # a row has more where no labels are wanted
     ]
 
 
@@ -151,7 +172,7 @@ def _modalities(
         rule = "expected one 3-D file a modality, or one 4-D file of flair, t1, t1ce, t2"
         raise DataError(f"{case.case_id}: {shapes} is not four modalities of 3-D volumes; {rule}")
     found = dict(zip(there, plain, strict=True))
-    return tuple(found[m] if m in found else _empty(plain[0].shape) for m in modalities)
+    return tuple(_empty(plain[0].shape) if m in case.missing else found[m] for m in modalities)
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:

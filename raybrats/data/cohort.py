@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,17 @@ import numpy as np
 from raybrats.brats import MODALITIES
 from raybrats.config import NUM_FOLDS, DataConfig
 from raybrats.data import layout, storage
-from raybrats.data.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, Opened, from_row, open_case
+from raybrats.data.case import (
+    BAD,
+    INCOMPLETE,
+    OK,
+    UNLABELLED,
+    Case,
+    Opened,
+    from_row,
+    open_case,
+    open_files,
+)
 from raybrats.data.prepare import Prepared, prepare
 from raybrats.data.volume import canonical_spacing
 from raybrats.errors import ChangedObjectError, DataError, MissingObjectError
@@ -49,26 +60,21 @@ def prepare_case(case: Case, data: DataConfig) -> Prepared:
     files belong together was seen when it was indexed, so they are opened one after the other.
 
     Raises:
-        DataError: the case is damaged, or not of the shape in its row.
+        DataError: the case is damaged, or not as its row says.
         StorageError: a file is out of reach, or not the bytes that were indexed.
     """
     how = data.normalisation, data.percentiles
-    if not case.box or len(case.image_uris) == 1:  # a 4-D file is not opened in parts
-        opened = open_case(case, data.modalities)
-        return prepare(opened.volumes, opened.labels, *how)
-    labels = _alone(case, None).labels if case.label_uri else None
-    i, j, k = (slice(*case.box[first : first + 2]) for first in (0, 2, 4))
-    return prepare(_Modalities(case, data.modalities), labels, *how, box=(i, j, k))
+    box = tuple(slice(*case.box[first : first + 2]) for first in (0, 2, 4)) if case.box else None
+    if box and len(case.image_uris) > 1:  # a 4-D file is not opened in parts
+        with suppress(_Unoriented):
+            labels = _alone(case, None).labels if case.label_uri else None
+            return prepare(_Modalities(case, data.modalities), labels, *how, box=box)
+    opened = open_case(case, data.modalities)
+    return prepare(opened.volumes, opened.labels, *how, box=box)
 
 
-def _alone(case: Case, modality: str | None) -> Opened:
-    """One file of an indexed case, the labels where no modality is named, as its first volume.
-
-    A file without an orientation lies as the others do, so then all are opened.
-    """
-    wanted = (modality,) if modality else ()
-    opened = open_case(case, wanted, labels=not modality)
-    return opened if opened.grid.known else open_case(case, (*wanted, *MODALITIES))
+class _Unoriented(Exception):  # noqa: N818 - never seen outside
+    """A file lies as the others do, so all are needed at once."""
 
 
 class _Modalities(Sequence[np.ndarray]):
@@ -88,6 +94,14 @@ class _Modalities(Sequence[np.ndarray]):
         if volume.shape != case.shape:
             raise DataError(f"{case.case_id}: {volume.shape} voxels where its row has {case.shape}")
         return volume
+
+
+def _alone(case: Case, modality: str | None) -> Opened:
+    """The file of a modality, or of the labels where none is named."""
+    opened = open_files(case, (modality,) if modality else (), labels=not modality)
+    if not opened.grid.known:
+        raise _Unoriented
+    return opened
 
 
 def verify_case(case: Case) -> Case:
@@ -181,16 +195,25 @@ def _check_rows(cases: Sequence[Case], uri: str) -> None:
             problem = f"subject {case.subject} is in folds {both}, so one side would know the other"
         elif not _holds(case.shape, case.box):
             problem = f"case {case.case_id} has box {case.box} in a shape of {case.shape}"
+        elif any(0 < len(told) < _num_files(case) for told in (case.sizes, case.digests)):
+            problem = f"case {case.case_id} has fewer sizes or digests than files"
         else:
             ids.add(case.case_id)
             continue
         raise DataError(f"{uri}: {problem}; repair the rows, or make it anew by `raybrats index`")
 
 
-def _holds(shape: Sequence[int], box: Sequence[int]) -> bool:
+def _holds(shape: Sequence[int] | None, box: Sequence[int] | None) -> bool:
     """Whether a box, if there is one, lies within the volume."""
-    spans = zip(box[::2], box[1::2], shape, strict=False)
-    return not box or (len(box) == 6 and all(0 <= a < b <= end for a, b, end in spans))
+    if not box:
+        return box is not None
+    if not shape or (len(shape), len(box)) != (3, 6):
+        return False
+    return all(0 <= a < b <= n for a, b, n in zip(box[::2], box[1::2], shape, strict=True))
+
+
+def _num_files(case: Case) -> int:
+    return len(case.image_uris) + (case.label_uri is not None)
 
 
 def summary(cases: Sequence[Case]) -> dict[str, Any]:

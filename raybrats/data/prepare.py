@@ -88,6 +88,8 @@ def prepare(
         image, background, shapes = _cropped(modalities, box)
         shape = _common(shapes + ([] if labels is None else [labels.shape]))
         sums = scan.brain(tuple(map(_read_only, image)), background)[1]
+        if not sums[:, 0].any():
+            raise DataError("every voxel of the box is background; index the cohort anew")
     if normalisation == "percentile":
         low, high = _percentiles(scan.histogram(image, background), percentiles)
     else:

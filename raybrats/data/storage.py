@@ -75,7 +75,7 @@ def read_bytes(uri: str, *, size: int | None = None, digest: str | None = None) 
     if size is not None and len(data) != size:
         raise ChangedObjectError(f"{uri}: {len(data)} bytes where {size} were recorded")
     if digest is not None and digest_of(data) != digest:
-        raise ChangedObjectError(f"{uri}: other bytes than were recorded (digest)")
+        raise ChangedObjectError(f"{uri}: other bytes than were recorded; index anew?")
     return data
 
 

@@ -1,4 +1,4 @@
-"""What the driver tells the workers of a run; the driver itself never imports a network."""
+"""What the driver tells the workers of a run; the driver itself imports no network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Job:
 
 
 def work(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`worker.work`, imported where it runs: torch and MONAI take seconds and 300 MB."""
+    """`worker.work`, imported where it runs: MONAI takes seconds and 250 MB."""
     from raybrats.train.worker import work
 
     return work(settings["job"])

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -67,12 +67,15 @@ def _forked(peer: Peer) -> Iterator[Connection]:
     """A fork of this process that takes numbers of rounds and answers with CPU-seconds."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(peer, theirs))
+    process = context.Process(target=_serve, args=(peer, theirs), daemon=True)
     process.start()
     theirs.close()
-    yield ours
-    ours.send(None)
-    process.join()
+    try:
+        yield ours
+    finally:
+        with suppress(OSError):
+            ours.send(None)
+        process.join()
 
 
 def _serve(peer: Peer, pipe: Connection) -> None:

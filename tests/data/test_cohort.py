@@ -325,6 +325,18 @@ def test_a_case_is_prepared_with_the_modalities_asked_for(trees: Path):
     assert np.array_equal(prepared.labels, labels[prepared.box])
 
 
+@pytest.mark.parametrize("wanted", [("flair",), ("t1", "flair"), ("flair", "t1", "t1ce", "t2")])
+def test_wanted_files_without_an_orientation_lie_as_the_others(one: Path, wanted: tuple[str, ...]):
+    whole = open_case(only(one))
+    for end in wanted:
+        spoil(one, end, lambda v, a: with_fields(nifti(v, a), sform_code=0, qform_code=0))
+    opened = open_case(only(one), wanted, labels=False)
+    for modality, volume in zip(wanted, opened.volumes, strict=True):
+        assert np.array_equal(volume, whole.volumes[MODALITIES.index(modality)]), modality
+    assert opened.labels is None
+    assert np.allclose(opened.grid.affine, whole.grid.affine, atol=1e-4)
+
+
 def test_only_the_files_that_are_wanted_are_read(one: Path):
     case = cohort.verify_case(only(one))
     whole = cohort.prepare_case(case, DataConfig(modalities=("t1ce", "flair")))

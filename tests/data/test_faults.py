@@ -511,6 +511,9 @@ BOXED = {"case_id": "a", "subject": "a", "shape": (9, 9, 7)}
         (BOXED | {"box": (0, 9, 0, 9, 0, 8)}, "box (0, 9, 0, 9, 0, 8) in a shape of (9, 9, 7)"),
         (BOXED | {"box": (0, 9, 4, 4, 0, 7)}, "box (0, 9, 4, 4, 0, 7) in a shape"),
         (BOXED | {"box": (0, 9, 0, 9)}, "box (0, 9, 0, 9) in a shape"),
+        (BOXED | {"box": (0, 9, 0, 9, 0, 7), "shape": ()}, "in a shape of ()"),
+        (BOXED | {"box": None}, "has box None"),
+        (BOXED | {"sizes": (1,) * 4}, "has fewer sizes or digests than files"),
     ],
 )
 def test_d7_d8_a_cohort_file_that_was_edited_wrongly_is_refused(tmp_path, changes, said):

@@ -141,6 +141,11 @@ def test_a_box_that_is_known_gives_the_case_that_looking_for_it_gives(
     assert (roomy.box, roomy.counts[1:].tolist()) == (wider, looked.counts[1:].tolist())
 
 
+def test_a_box_that_holds_nothing_is_refused(phantom):
+    with pytest.raises(DataError, match="every voxel of the box is background; index"):
+        prepare(list(phantom[0]), phantom[1], box=(slice(0, 1),) * 3)
+
+
 def test_tumour_outside_the_brain_is_kept_in_the_box():
     image, labels = np.zeros(SHAPE, np.int16), np.zeros(SHAPE, np.uint8)
     image[8:12, 8:12, 8:12] = np.arange(1, 65).reshape(4, 4, 4)
