@@ -27,6 +27,7 @@ import numpy as np
 from raybrats.config import DataConfig
 from raybrats.data.case import Case
 from raybrats.data.cohort import prepare_case
+from raybrats.data.memory import keep_freed
 from raybrats.data.prepare import Prepared
 
 VERSION = 2
@@ -89,6 +90,7 @@ def prepared(case: Case, data: DataConfig) -> tuple[Prepared, Tally]:
         DataError: the case is damaged.
         StorageError: its source is out of reach or has changed.
     """
+    keep_freed()  # for the patches, too
     if not data.cache_gb or not case.digests:
         return prepare_case(case, data), Tally(misses=1)
     try:

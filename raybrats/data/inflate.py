@@ -6,6 +6,7 @@ import zlib
 
 import deflate
 
+from raybrats.data.memory import keep_freed
 from raybrats.errors import DataError
 
 _RATIO = 1032
@@ -44,6 +45,7 @@ def inflate(data: bytes, length: int, name: str) -> bytearray:
     Raises:
         DataError: damaged, truncated, or of another length.
     """
+    keep_freed()
     claim = int.from_bytes(data[-4:], "little")  # of the last member
     if length <= claim <= min(length + _SLACK, _RATIO * len(data)):
         try:

@@ -30,7 +30,7 @@ BLOCK_BYTES = 8 * 2**20
 PATCHES_A_TASK = 16
 """At most, and about 64 MiB: a task costs Ray 10 ms, and is lost whole if it is stopped."""
 TASK_BYTES = 600 * 2**20
-"""Memory of a task: its process, with torch, 300 MB; a case inflated and cropped; its block."""
+"""Memory of a task: its process, 200 MB; what it keeps of freed memory, 128; its crop and block."""
 
 
 @dataclass(frozen=True)

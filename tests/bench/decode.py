@@ -8,6 +8,7 @@ modality, which the device applies. Its row "as indexed" checks size and digest 
 run from a cohort file does. --check compares the prepared voxels with nibabel's get_fdata.
 """
 
+import multiprocessing
 import tempfile
 from pathlib import Path
 
@@ -105,7 +106,9 @@ class NnunetPreprocessor:
 
 
 def peers_for(cases: list[Case], folder: Path) -> list[Peer]:
-    indexed = [verify_case(case) for case in cases]
+    # elsewhere, for it changes how a process keeps memory, and each peer is a fork of this one
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        indexed = pool.map(verify_case, cases)
     held = [[Path(uri).read_bytes() for uri in (*c.image_uris, c.label_uri)] for c in cases]
     preprocessor = NnunetPreprocessor(cases, folder)
 
