@@ -29,11 +29,11 @@ COLOURS = mpl.colors.ListedColormap([(0, 0, 0, 0), "red", "lime", "gold"])
 
 
 def cases_of(tree: str | None) -> list[Prepared]:
-    """Two cases of a tree, or two phantoms."""
+    """Two cases of a tree, one twice where there is only one, or two phantoms."""
     if tree:
         from raybrats.data.cohort import find_cases, prepare_case
 
-        return [prepare_case(case, DataConfig()) for case in find_cases(tree)[:2]]
+        return [prepare_case(case, DataConfig()) for case in (find_cases(tree) * 2)[:2]]
     phantoms = (make_phantom(index, shape=(160, 160, 120)) for index in range(2))
     return [prepare(list(image), labels) for image, labels in phantoms]
 
