@@ -150,9 +150,7 @@ def _sources(case: Case, modalities: Sequence[str], *, labels: bool) -> list[Sou
     expected = case.sizes or (None,) * len(uris), case.digests or (None,) * len(uris)
     return [
         source.read(uri, size=size, digest=digest) if uri else None
-        for uri, size, digest in zip(
-            uris, *expected, strict=False
-        )  # a row has more where no labels are wanted
+        for uri, size, digest in zip(uris, *expected, strict=False)
     ]
 
 
