@@ -244,16 +244,28 @@ class OptimConfig(Section):
     weight_decay: float = 1e-4
     momentum: float = 0.99
     """Nesterov momentum of SGD (nnU-Net: 0.99)."""
+    schedule: Literal["poly", "cosine"] = "poly"
+    """How the learning rate falls to 0 at the last step."""
     poly_power: float = 0.9
     """lr * (1 - step/steps)**power (nnU-Net: 0.9)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0 first."""
     clip_norm: float = 12.0
     """Gradient norm is clipped here (nnU-Net: 12)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast of forward and loss."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast of forward and loss; fp16 scales the loss."""
     steps: int = 250_000
     """Optimiser steps of the whole run."""
     global_batch: int = 2
     """Patches a step, over all workers."""
+    micro_batch: int = 0
+    """Most patches that a worker takes at once; gradients of the rest are added up. 0: all."""
+    ema_decay: float = 0.0
+    """Weights are averaged over steps with this decay, and the averages are what is validated and
+    registered; 0 averages nothing."""
+    max_skipped: int = 20
+    """Steps in a row without a finite gradient, which are skipped, until the run stops; fp16 finds
+    its scale in 16 at most."""
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < math.inf, "optim.lr", "> 0", self.lr)
@@ -263,6 +275,11 @@ class OptimConfig(Section):
         _require(self.clip_norm > 0, "optim.clip_norm", "> 0", self.clip_norm)
         _require(self.steps >= 1, "optim.steps", ">= 1", self.steps)
         _require(self.global_batch >= 1, "optim.global_batch", ">= 1", self.global_batch)
+        warm, decay = self.warmup_steps, self.ema_decay
+        _require(0 <= warm < self.steps, "optim.warmup_steps", "in 0..optim.steps", warm)
+        _require(self.micro_batch >= 0, "optim.micro_batch", ">= 0", self.micro_batch)
+        _require(0 <= decay < 1, "optim.ema_decay", "in 0..1", decay)
+        _require(self.max_skipped >= 1, "optim.max_skipped", ">= 1", self.max_skipped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,8 +292,11 @@ class ValidationConfig(Section):
     """Overlap of the sliding windows, as a fraction of the patch."""
     max_cases: int = 0
     """Held-out cases used, the first in cohort order; 0 uses all."""
+    patience: int = 0
+    """Validations in a row without a better mean region Dice until the run ends; 0: never."""
 
     def __post_init__(self) -> None:
+        _require(self.patience >= 0, "validation.patience", ">= 0", self.patience)
         _require(self.every_steps >= 1, "validation.every_steps", ">= 1", self.every_steps)
         _require(0 <= self.overlap < 1, "validation.overlap", "in 0..1", self.overlap)
         _require(self.max_cases >= 0, "validation.max_cases", ">= 0", self.max_cases)
@@ -287,15 +307,34 @@ class ClusterConfig(Section):
     """What the run asks of the Ray cluster."""
 
     workers: int = 1
-    """DDP workers."""
+    """DDP workers; of an elastic run the most."""
+    min_workers: int = 0
+    """An elastic run goes on with as few as these while nodes are missing; 0: with all or none."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto` takes one GPU a worker where the cluster has GPUs."""
     cpus_per_worker: float = 1.0
     max_failures: int = 3
-    """Worker-group restarts before the run gives up."""
+    """Worker-group restarts before the run gives up; those after a preemption notice are free."""
+    collective_timeout_s: float = 600.0
+    """Until a worker that waits for another gives up; longer than its share of a validation."""
+    stall_s: float = 1800.0
+    """Until a run in which nothing moves, no step and no validated case, is ended."""
+    grace_s: float = 30.0
+    """For a last checkpoint once the driver gets SIGTERM."""
+    channels_last: bool = False
+    """Lay tensors out with the channels closest."""
+    compile: bool = False
+    """torch.compile; where it fails the run goes on without it."""
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, "cluster.workers", ">= 1", self.workers)
+        fewest = self.min_workers
+        rule = f"in 0..cluster.workers ({self.workers})"
+        _require(0 <= fewest <= self.workers, "cluster.min_workers", rule, fewest)
+        for name in ("collective_timeout_s", "stall_s", "grace_s"):
+            _require(
+                0 < getattr(self, name) < math.inf, f"cluster.{name}", "> 0", getattr(self, name)
+            )
         cpus = self.cpus_per_worker
         _require(cpus > 0, "cluster.cpus_per_worker", "> 0", cpus)
         _require(self.max_failures >= 0, "cluster.max_failures", ">= 0", self.max_failures)
@@ -312,6 +351,8 @@ class RunConfig(Section):
     seed: int = 0
     resume: Literal["never", "auto", "must"] = "auto"
     """What to do with checkpoints of the same run name."""
+    save_every_steps: int = 250
+    """Steps between checkpoints, beside those of validations."""
 
     def __post_init__(self) -> None:
         allowed = all(c.isalnum() or c in "-_." for c in self.name) and self.name[:1] != "."
@@ -319,6 +360,7 @@ class RunConfig(Section):
         _require_no_secret("run.storage_uri", self.storage_uri)
         _require(bool(self.storage_uri), "run.storage_uri", "a path or URI", self.storage_uri)
         _require(self.seed >= 0, "run.seed", ">= 0", self.seed)
+        _require(self.save_every_steps >= 1, "run.save_every_steps", ">= 1", self.save_every_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,8 +399,13 @@ class TrainConfig(Section):
         edges = patch[: self.spatial_dims]
         _require(all(n % stride == 0 for n in edges), "data.patch_size", rule, patch)
         batch, workers = self.optim.global_batch, self.cluster.workers
-        rule = f"a multiple of cluster.workers ({workers})"
-        _require(batch % workers == 0, "optim.global_batch", rule, batch)
+        if self.cluster.min_workers:  # shares differ by a patch at most, and are weighted
+            _require(
+                batch >= workers, "optim.global_batch", f">= cluster.workers ({workers})", batch
+            )
+        else:
+            rule = f"a multiple of cluster.workers ({workers})"
+            _require(batch % workers == 0, "optim.global_batch", rule, batch)
 
     @property
     def spatial_dims(self) -> int:

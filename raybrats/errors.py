@@ -60,3 +60,9 @@ class ResourcesError(RaybratsError):
     """More workers, CPUs or GPUs than the cluster has."""
 
     exit_code = 7
+
+
+class DivergedError(RaybratsError):
+    """Training whose gradients are not finite any more."""
+
+    exit_code = 8

@@ -1,9 +1,10 @@
 """Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere (stderr)."""
 
+import math
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -49,10 +50,10 @@ class Display:
 
 
 class _Board:
-    """Actor on which a worker writes how far it is, for the driver to read."""
+    """Actor between the driver and a worker: how far it is, and whether it shall save and stop."""
 
     def __init__(self) -> None:
-        self._state = (0, "")
+        self._state, self._wished, self._saved, self._restarts = (0, ""), False, -1, 0
 
     def post(self, done: int, remark: str) -> None:
         self._state = (done, remark)
@@ -60,17 +61,45 @@ class _Board:
     def read(self) -> tuple[int, str]:
         return self._state
 
+    def restart(self, why: str) -> None:
+        self._state, self._restarts = (self._state[0], f"starting again, {why}"), self._restarts + 1
+
+    def restarts(self) -> int:
+        return self._restarts
+
+    def wish(self) -> None:
+        self._wished = True
+
+    def wished(self) -> bool:
+        return self._wished
+
+    def saved(self, step: int, reason: str) -> None:
+        """The worker has a checkpoint of this step, for the driver's wish or for a notice."""
+        self._saved = step if reason == "stop" else self._saved
+
+    def kept(self) -> int:
+        return self._saved
+
 
 @contextmanager
-def watched(title: str, total: int) -> "Iterator[ActorHandle]":
-    """A board for a worker elsewhere in the cluster; what it posts is displayed here."""
+def watched(
+    title: str, total: int, stall_s: float = math.inf, on_stall: Callable[[], None] = lambda: None
+) -> "Iterator[ActorHandle]":
+    """A board for a worker elsewhere in the cluster; what it posts is displayed here.
+
+    Args:
+        title: of the display.
+        total: of what is posted when all is done.
+        stall_s: seconds without a new post after which `on_stall` is called, once.
+        on_stall: called from another thread.
+    """
     import ray
 
     board = ray.remote(num_cpus=0)(_Board).remote()
     ended = threading.Event()
 
     def follow(display: Display) -> None:
-        shown = None
+        shown, since_s = None, time.monotonic()
         while not ended.wait(1.0):
             try:
                 state = ray.get(board.read.remote())
@@ -78,7 +107,10 @@ def watched(title: str, total: int) -> "Iterator[ActorHandle]":
                 return
             if state != shown:
                 display.show(*state)
-                shown = state
+                shown, since_s = state, time.monotonic()
+            if time.monotonic() - since_s > stall_s:
+                on_stall()
+                return
 
     with Display(title, total) as display:
         thread = threading.Thread(target=follow, args=(display,), daemon=True)

@@ -53,6 +53,11 @@ class Plan:
             yield tuple(self._visit(window, place, range(first, last)) for place in places)
             first = last
 
+    def cases(self, step: int) -> tuple[int, ...]:
+        """The cases of one step, over all ranks."""
+        (window,) = self.visits(rank=0, world=1, start=step, stop=step + 1)
+        return tuple(visit.case for visit in window)
+
     def _visit(self, window: int, place: int, steps: range) -> Visit:
         epoch, index = divmod(window * self.global_batch + place, self.num_cases)
         case = int(_order(self.num_cases, self.global_batch, self.seed, epoch)[index])

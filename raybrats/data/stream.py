@@ -21,6 +21,8 @@ from raybrats.data.patch import PatchRule, draw_patch, volume_size
 from raybrats.data.plan import Plan, Visit
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from raybrats.data.batch import Batch
 
 VISITS_AT_ONCE = 2048
@@ -62,7 +64,8 @@ class Stream:
 
     def __iter__(self) -> "Iterator[Batch]":
         """Opens the stream anew; closing the iterator ends its tasks."""
-        share, size = self._share, self._config.optim.global_batch // self._share.world
+        share = self._share
+        size = len(range(share.rank, self._config.optim.global_batch, share.world))
         windows = self._plan.visits(
             rank=share.rank, world=share.world, start=share.start, stop=share.stop
         )
@@ -139,14 +142,24 @@ class PatchTask:
 
 def _batch(rows: Sequence[dict[str, np.ndarray]]) -> "Batch":
     """The rows put together: the one copy that is made of a patch in this process."""
-    import torch  # not for the tasks, whose processes it would make larger and start later
+    from raybrats.data.batch import Batch  # not for the tasks, which torch makes larger and later
 
-    from raybrats.data.batch import Batch
-
-    columns = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    columns = {name: _column([row[name] for row in rows]) for name in rows[0]}
     columns["image"] = columns["image"].permute(0, 1, 4, 3, 2)
     columns["labels"] = columns["labels"].permute(0, 3, 2, 1)
     return Batch(**columns)
+
+
+def _column(values: Sequence[np.ndarray]) -> "Tensor":
+    """Page-locked where there is a GPU, so that the copy to it runs beside the step."""
+    import torch
+
+    first = np.asarray(values[0])
+    kind = torch.from_numpy(np.empty(0, first.dtype)).dtype
+    pinned = torch.cuda.is_available()
+    column = torch.empty((len(values), *first.shape), dtype=kind, pin_memory=pinned)
+    np.stack(values, out=column.numpy())
+    return column
 
 
 def _pieces(

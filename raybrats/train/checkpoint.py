@@ -9,7 +9,7 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -23,6 +23,7 @@ from raybrats.errors import ChangedObjectError, CheckpointError, MissingObjectEr
 
 MANIFEST = "MANIFEST.json"
 WEIGHTS, STATE, CONFIG = "weights.safetensors", "state.pt", "config.json"
+_FOLDER = re.compile(r"/checkpoints/(step-\d{8})/")
 _FINISHED = re.compile(rf"/checkpoints/(step-\d{{8}})/{re.escape(MANIFEST)}$")
 
 
@@ -33,8 +34,14 @@ class Checkpoint:
     uri: str
     step: int
     metrics: Mapping[str, float]
+    """Of the validation at this step; empty if there was none."""
+    finished: bool
+    """Whether the run ended with it."""
+    config_digest: str
     files: Mapping[str, bytes]
     """Verified bytes by file name."""
+    rejected: tuple[str, ...] = ()
+    """Newer ones that did not verify, where they lie now."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -62,22 +69,30 @@ class Written:
     uri: str
     step: int
     metrics: Mapping[str, float]
+    finished: bool
 
 
-def write(
-    run_uri: str,
-    config: TrainConfig,
-    *,
-    step: int,
-    weights: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    metrics: Mapping[str, float],
-) -> str:
+@dataclass(frozen=True)
+class Snapshot:
+    """What becomes a checkpoint."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    """Tensors and plain values: everything else that resuming needs."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    finished: bool = False
+    world: int = 1
+    mlflow_run_id: str = ""
+
+
+def write(run_uri: str, config: TrainConfig, snapshot: Snapshot) -> str:
     """Writes a checkpoint, the manifest last; returns its URI."""
+    step = snapshot.step
     uri = storage.join(run_uri, "checkpoints", f"step-{step:08d}")
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    torch.save(dict(snapshot.state), buffer)
+    plain = {n: tensor.detach().cpu().contiguous() for n, tensor in snapshot.weights.items()}
     files = {
         WEIGHTS: safetensors.save(plain),
         STATE: buffer.getvalue(),
@@ -89,8 +104,10 @@ def write(
         "step": step,
         "draws": step * config.optim.global_batch,
         "config_digest": digest(config),
-        "workers": config.cluster.workers,
-        "metrics": dict(metrics),
+        "world": snapshot.world,
+        "mlflow_run_id": snapshot.mlflow_run_id,
+        "finished": snapshot.finished,
+        "metrics": dict(snapshot.metrics),
         "files": {n: {"size": len(d), "digest": storage.digest_of(d)} for n, d in files.items()},
     }
     sealed = json.dumps(manifest | {"digest": _seal(manifest)}, indent=1)
@@ -104,7 +121,8 @@ def written(run_uri: str) -> list[Written]:
     for uri in _finished(run_uri):
         manifest = _manifest(uri)
         if manifest is not None:
-            found.append(Written(uri, manifest["step"], manifest["metrics"]))
+            facts = (manifest["step"], manifest["metrics"], manifest["finished"])
+            found.append(Written(uri, *facts))
     return found
 
 
@@ -114,12 +132,12 @@ def newest(run_uri: str) -> Checkpoint | None:
     Raises:
         CheckpointError: there were checkpoints, and none can be trusted.
     """
-    candidates = _finished(run_uri)
+    candidates, rejected = _finished(run_uri), []
     for uri in reversed(candidates):
         try:
-            return read(uri)
+            return replace(read(uri), rejected=tuple(rejected))
         except CheckpointError:
-            storage.rename(uri, _quarantine(uri))
+            rejected.append(put_aside(uri))
     if candidates or any("/quarantine/" in uri for uri in _objects(run_uri)):
         place = storage.join(run_uri, "checkpoints", "quarantine")
         raise CheckpointError(f"no checkpoint of {run_uri} verifies; they are kept in {place}")
@@ -156,16 +174,30 @@ def read(uri: str) -> Checkpoint:
         }
     except (ChangedObjectError, MissingObjectError) as error:
         raise CheckpointError(f"damaged checkpoint: {error}") from error
-    return Checkpoint(uri, manifest["step"], manifest["metrics"], files)
+    facts = (manifest[name] for name in ("step", "metrics", "finished", "config_digest"))
+    return Checkpoint(uri, *facts, files)
 
 
-def prune(run_uri: str, keep: int = 2) -> None:
-    """Removes all but the newest ones and the best."""
-    found = written(run_uri)
-    kept = {w.uri for w in (*found[-keep:], *_ranked(found)[-1:])}
-    for old in found:
-        if old.uri not in kept:
-            storage.delete(old.uri)
+def put_aside(uri: str) -> str:
+    """Moves a bad checkpoint out of the way, where it is kept; returns its new place."""
+    place = _quarantine(uri)
+    storage.rename(uri, place)
+    return place
+
+
+def prune(run_uri: str, verified: Sequence[str]) -> None:
+    """Removes what is older than the two newest that verified, but for the best.
+
+    Also what was never written to the end, if it is older. With fewer than two nothing goes.
+    """
+    kept = sorted(verified)[-2:]
+    if len(kept) < 2:
+        return
+    best = {w.uri for w in _ranked(written(run_uri))[-1:]}
+    folders = {match[1] for uri in _objects(run_uri) if (match := _FOLDER.search(uri))}
+    for uri in (storage.join(run_uri, "checkpoints", folder) for folder in sorted(folders)):
+        if uri < kept[0] and uri not in best:
+            storage.delete(uri)
 
 
 def _objects(run_uri: str) -> list[str]:
@@ -176,8 +208,9 @@ def _objects(run_uri: str) -> list[str]:
 
 
 def _ranked(found: Sequence[Written]) -> list[Written]:
-    """From the lowest mean region Dice to the highest; of equals the later step is higher."""
-    return sorted(found, key=lambda w: (w.metrics.get("mean", 0.0), w.step))
+    """Those with a validation, from the lowest mean region Dice; of equals the later is higher."""
+    judged = [w for w in found if "mean" in w.metrics]
+    return sorted(judged, key=lambda w: (w.metrics["mean"], w.step))
 
 
 def _finished(run_uri: str) -> list[str]:

@@ -1,87 +1,223 @@
 """Steps and validation as plain torch: runs without Ray, in a notebook or on a bare GPU machine."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from raybrats.config import OptimConfig, TrainConfig
+from raybrats.brats import REGIONS
 from raybrats.data.augment import augment
 from raybrats.data.batch import Batch, normalise
 from raybrats.data.prepare import Prepared
+from raybrats.errors import DivergedError
 from raybrats.model.inference import labels_of, predict_case
-from raybrats.model.loss import RegionLoss
 from raybrats.model.metrics import region_dice
-from raybrats.model.network import build, heads, load_weights
+from raybrats.model.network import heads
+from raybrats.train.learner import Learner, learning_rate
+
+LOG_EVERY_STEPS = 10
+
+
+class Inputs(NamedTuple):
+    """What the network and its loss see of a batch, on the device."""
+
+    image: Tensor
+    labels: Tensor
+    wait_s: float = 0.0
+    """For which the batch was waited for."""
+    ready: torch.cuda.Event | None = None
+    """When it is there, if it is made beside the training step."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a run does besides steps."""
+
+    validate: Callable[[], list[list[float]]]
+    """Dice of each region of each held-out case, of all ranks."""
+    tell: Callable[[Mapping[str, float]], None]
+    """Takes figures of the last steps, or of a validation."""
+    save: Callable[[Mapping[str, float], bool], None]
+    """Saves the learner with the metrics of a validation, and whether the run ends with it."""
+    heed: Callable[[], None]
+    """Called after every step: saves at once if it was told to."""
 
 
 @dataclass
-class Learner:
-    """A network while it learns."""
+class Pace:
+    """Where the time of the steps goes, but for the first one, which waits for the stream."""
 
-    config: TrainConfig
-    device: torch.device
-    network: nn.Module
-    """Called in training; a DDP wrapper where there are several workers."""
-    bare: nn.Module
-    """The same network without a wrapper: its weights, and validation."""
-    optimizer: torch.optim.Optimizer
-    loss: RegionLoss
-    step: int = 0
+    global_batch: int
+    steps: int = 0
+    seconds: float = 0.0
+    wait_s: float = 0.0
+    losses: list[Tensor] = field(default_factory=list)
 
-    def state(self) -> dict[str, Any]:
-        """Everything but the weights that resuming needs."""
-        return {"optimizer": self.optimizer.state_dict(), "torch_rng": torch.get_rng_state()}
+    def add(self, seconds: float, wait_s: float) -> None:
+        """Counts a step."""
+        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        self.wait_s += wait_s
 
-    def restore(self, weights: dict[str, Tensor], state: dict[str, Any], step: int) -> None:
-        """Continues from a checkpoint."""
-        load_weights(self.bare, weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"])
-        self.step = step
+    def figures(self) -> dict[str, float]:
+        """Patches a second of all ranks, seconds a step, and the share of them spent waiting."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "patches_per_s": self.steps * self.global_batch / seconds,
+            "step_s": self.seconds / max(self.steps, 1),
+            "data_wait_fraction": self.wait_s / seconds,
+        }
 
 
-def new_learner(config: TrainConfig, device: torch.device) -> Learner:
-    """A learner at step 0; its initial weights follow from the seed."""
-    torch.manual_seed(config.run.seed)
-    network = build(config.network, len(config.data.modalities), config.spatial_dims).to(device)
-    optimizer = _optimizer(config.optim, network)
-    return Learner(config, device, network, network, optimizer, RegionLoss(config.loss))
+def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, float]:
+    """Steps to the end of the run, with its validations and checkpoints.
+
+    Args:
+        learner: at the step to go on from.
+        batches: of this rank, from that step on.
+        hooks: what is done besides.
+
+    Returns:
+        The metrics of the last validation.
+
+    Raises:
+        DivergedError: no step of the last ones had a finite gradient.
+    """
+    config, metrics = learner.config, {}
+    pace, feed = Pace(config.optim.global_batch), inputs(learner, batches)
+    coming = next(feed)
+    while learner.step < config.optim.steps:
+        coming = _timed_step(learner, coming, feed, pace)
+        ended = learner.step == config.optim.steps
+        if learner.step % LOG_EVERY_STEPS == 0 or ended:
+            hooks.tell(_figures(learner, pace))
+        if learner.step % config.validation.every_steps == 0 or ended:
+            metrics = _judge(learner, hooks.validate())
+            hooks.tell({f"val/dice_{name}": value for name, value in metrics.items()})
+            metrics |= pace.figures()
+            ended = ended or 0 < config.validation.patience <= learner.stale
+            hooks.save(metrics, ended)
+        elif learner.step % config.run.save_every_steps == 0:
+            hooks.save({}, False)
+        if ended:
+            break
+        hooks.heed()
+    return metrics
+
+
+def inputs(learner: Learner, batches: Iterable[Batch]) -> Iterator[Inputs]:
+    """Batches as network input; on a GPU copied and augmented beside the step that runs."""
+    side = torch.cuda.Stream(learner.device) if learner.device.type == "cuda" else None
+    source = iter(batches)
+    while True:
+        began = time.perf_counter()
+        batch = next(source, None)
+        if batch is None:
+            return
+        wait_s = time.perf_counter() - began
+        with torch.cuda.stream(side) if side else nullcontext():
+            image, labels = augmented(learner, batch)
+            ready = side.record_event() if side else None
+        yield Inputs(image, labels, wait_s, ready)
+
+
+def augmented(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Network input, float32 (batch, modality, i, j, k), and labels (batch, i, j, k)."""
+    draws, config = batch.draw, learner.config
+    batch = batch.to(learner.device)
+    image, brain = normalise(batch)
+    image, labels = augment(config.augment, config.run.seed, draws, (image, batch.labels, brain))
+    flat = config.spatial_dims == 2  # a network of slices takes (batch, modality, i, j) of its own
+    return image if flat else image.contiguous(memory_format=learner.memory_format), labels
 
 
 def train_step(learner: Learner, batch: Batch) -> Tensor:
     """One optimiser step on this rank's batch; returns the loss, still on the device."""
-    config = learner.config
-    draws = batch.draw
-    batch = batch.to(learner.device)
-    image, brain = normalise(batch)
-    image, labels = augment(config.augment, config.run.seed, draws, (image, batch.labels, brain))
+    loss = backward(learner, Inputs(*augmented(learner, batch)))
+    update(learner)
+    return loss
+
+
+def backward(learner: Learner, coming: Inputs) -> Tensor:
+    """Gradients of this rank's share of the global batch, in micro-batches.
+
+    Shares of ranks may differ in size: each counts by its patches, so the mean that DDP takes of
+    the gradients is that over the global batch.
+    """
+    _take_over(coming)
     learner.network.train()
-    with torch.autocast(learner.device.type, torch.bfloat16, config.optim.precision == "bf16"):
-        loss = learner.loss(heads(learner.network(image)), labels)
     learner.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(learner.bare.parameters(), config.optim.clip_norm)
+    world, batch = world_size(), learner.config.optim.global_batch
+    most = -(-batch // world)
+    pieces = -(-most // (learner.config.optim.micro_batch or most))
+    total = torch.zeros((), device=learner.device)
+    images, labels = (tensor.tensor_split(pieces) for tensor in coming[:2])
+    for number, (image, label) in enumerate(zip(images, labels, strict=True), 1):
+        share = len(image) * world / batch
+        if not share:  # the others have one more: DDP's exchanges must stay in step
+            image, label = images[0], labels[0]
+        with _exchange(learner.network, number == pieces):
+            with learner.autocast():
+                logits = heads(learner.network(image))
+                loss = learner.loss(logits, label, share=share, part=1 / pieces)
+            learner.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def update(learner: Learner) -> None:
+    """The optimiser's step; skipped, and counted, where the gradient is not finite.
+
+    Raises:
+        DivergedError: that happened `optim.max_skipped` times in a row.
+    """
+    config = learner.config.optim
+    learner.scaler.unscale_(learner.optimizer)
+    norm = nn.utils.clip_grad_norm_(learner.bare.parameters(), config.clip_norm)
     for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate(config.optim, learner.step)
-    learner.optimizer.step()
+        group["lr"] = learning_rate(config, learner.step)
     learner.step += 1
-    return loss.detach()
+    if torch.isfinite(norm):
+        learner.scaler.step(learner.optimizer)
+        learner.skipped_in_a_row.clear()
+        if learner.average is not None:
+            learner.average.update_parameters(learner.bare)
+    else:
+        learner.skipped += 1
+        learner.skipped_in_a_row.append(learner.step - 1)
+    if learner.scaler.is_enabled():
+        learner.scaler.update()
+    if len(learner.skipped_in_a_row) >= config.max_skipped:
+        raise DivergedError(_diverged(learner))
 
 
 def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
     """Dice of each region of each case, segmented whole."""
-    config, scores = learner.config, []
-    learner.bare.eval()
+    network, scores = learner.judged, []
+    network.eval()
     for prepared in cases:
         assert prepared.labels is not None, "validation cases have labels"
-        with torch.autocast(learner.device.type, torch.bfloat16, config.optim.precision == "bf16"):
-            regions = predict_case(learner.bare, config, prepared, learner.device)
+        with learner.autocast():
+            regions = predict_case(network, learner.config, prepared, learner.device)
         prediction = labels_of(regions)[0].cpu().numpy()
         scores.append(region_dice(prediction, prepared.labels))
     return scores
+
+
+def gathered(scores: list[list[float]]) -> list[list[float]]:
+    """The scores of all ranks in the order of the cases, of which rank r has r, r + world, ..."""
+    world = world_size()
+    if world == 1:
+        return scores
+    everyone: list[list[list[float]]] = [[] for _ in range(world)]
+    torch.distributed.all_gather_object(everyone, scores)
+    count = sum(map(len, everyone))
+    return [everyone[place % world][place // world] for place in range(count)]
 
 
 def mean_scores(scores: Sequence[Sequence[float]], regions: Sequence[str]) -> dict[str, float]:
@@ -91,18 +227,82 @@ def mean_scores(scores: Sequence[Sequence[float]], regions: Sequence[str]) -> di
     return {**means, "mean": sum(means.values()) / len(means)}
 
 
-def learning_rate(config: OptimConfig, step: int) -> float:
-    """Polynomial decay from `lr` towards 0 at the last step."""
-    return config.lr * (1 - step / config.steps) ** config.poly_power
+def world_size() -> int:
+    """Ranks that train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def _optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            network.parameters(),
-            config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=True,
-        )
-    return torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay)
+def _timed_step(
+    learner: Learner, coming: Inputs, feed: Iterator[Inputs], pace: Pace
+) -> Inputs | None:
+    """A step; meanwhile the next batch is made ready, and returned."""
+    first, began = not pace.losses and not pace.steps, time.perf_counter()
+    gpu = learner.device.type == "cuda"
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if gpu else []
+    pace.losses.append(backward(learner, coming))
+    following = None
+    for mark in marks[:1]:
+        mark.record()
+    if learner.step + 1 < learner.config.optim.steps:
+        following = next(feed)
+    for mark in marks[1:]:
+        mark.record()
+    update(learner)  # waits for the device
+    # On a GPU only what the device itself waited counts: between its last kernel and the next.
+    wait_s = marks[0].elapsed_time(marks[1]) / 1e3 if gpu else (following or coming).wait_s
+    if not first:
+        pace.add(time.perf_counter() - began, wait_s)
+    return following
+
+
+def _take_over(coming: Inputs) -> None:
+    """Makes the current stream wait for what another one has made."""
+    if coming.ready is not None:
+        stream = torch.cuda.current_stream(coming.image.device)
+        stream.wait_event(coming.ready)
+        for tensor in coming[:2]:
+            tensor.record_stream(stream)
+
+
+def _exchange(network: nn.Module, last: bool) -> nullcontext:
+    """Lets DDP exchange gradients in the last micro-batch only."""
+    ddp = isinstance(network, DistributedDataParallel)
+    return network.no_sync() if ddp and not last else nullcontext()
+
+
+def _figures(learner: Learner, pace: Pace) -> dict[str, float]:
+    """Loss of all ranks since the last time, the pace, and how the device does."""
+    loss = torch.stack(pace.losses).mean()
+    pace.losses.clear()
+    world = world_size()
+    if world > 1:
+        torch.distributed.all_reduce(loss)
+    figures = {
+        "train/loss": float(loss) / world,
+        "train/lr": learning_rate(learner.config.optim, learner.step - 1),
+        "train/skipped": learner.skipped,
+        **pace.figures(),
+    }
+    if learner.device.type == "cuda":
+        figures["gpu/memory_gb"] = torch.cuda.max_memory_allocated(learner.device) / 1e9
+        with suppress(ModuleNotFoundError, RuntimeError):  # without NVIDIA's library
+            figures["gpu/utilisation"] = torch.cuda.utilization(learner.device) / 100
+    return figures
+
+
+def _judge(learner: Learner, scores: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Means of a validation; the learner remembers how long none was better."""
+    means = mean_scores(scores, REGIONS)
+    better = means["mean"] > learner.best
+    learner.stale = 0 if better else learner.stale + 1
+    learner.best = max(learner.best, means["mean"])
+    return means
+
+
+def _diverged(learner: Learner) -> str:
+    row, batch = learner.skipped_in_a_row, learner.config.optim.global_batch
+    return (
+        f"no finite gradient in the {len(row)} steps before step {learner.step}, draws "
+        f"{row[0] * batch} to {(row[-1] + 1) * batch - 1}; the last checkpoint is finite: "
+        "lower optim.lr or loss weights, or take another optim.precision"
+    )

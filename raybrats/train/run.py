@@ -1,6 +1,5 @@
 """train(config) -> Result: cohort, placement, Ray Train, and the registered model."""
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -8,29 +7,25 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import ray.train
-from ray.train import FailureConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+import ray
 
-from raybrats import cluster, errors
+from raybrats import cluster
 from raybrats.brats import REGIONS
 from raybrats.config import TrainConfig
 from raybrats.data import cohort, index, storage
 from raybrats.data.cohort import Case
-from raybrats.errors import DataError, RaybratsError, TrackingError
+from raybrats.errors import DataError, TrackingError
 from raybrats.progress import watched
 from raybrats.recipes import named
 from raybrats.registry import package, tracking
 from raybrats.registry.package import Version
 from raybrats.registry.tracking import Run
-from raybrats.train import checkpoint, record
-from raybrats.train.job import Job, work
+from raybrats.train import checkpoint, gauges, launch, lease, record
+from raybrats.train.job import Job
+from raybrats.train.stop import Stop, on_sigterm
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
-
-COLLECTIVE_TIMEOUT_S = 600
-"""Until a rank that waits for a dead one gives up; longer than validating one share takes."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,8 @@ class Result:
     """Dice of WT, TC and ET on the held-out fold, and their mean, of the best checkpoint."""
     patches_per_s: float
     data_wait_fraction: float
+    restarts: int
+    """Of the workers, in this attempt."""
     model: Version | None
 
 
@@ -52,20 +49,31 @@ def train(config: TrainConfig) -> Result:
 
     Raises:
         RaybratsError: a kind for each cause, before any worker starts where that is possible.
+        KeyboardInterrupt: by SIGINT, or by SIGTERM after a last checkpoint.
     """
     config = _with_name(config)
-    run_uri = storage.join(storage.absolute(config.run.storage_uri), config.run.name)
+    run_uri, stop = _run_uri(config), Stop()
+    try:
+        with lease.held(run_uri, stop.now):
+            return _train(config, run_uri, stop)
+    except KeyboardInterrupt:
+        if stop.error is not None:
+            raise stop.error from None
+        raise
+
+
+def _train(config: TrainConfig, run_uri: str, stop: Stop) -> Result:
     known = record.earlier(config, run_uri)
     cluster.connect()
-    check_fits(config)
+    launch.check_fits(config)
     cases = usable(config, index.load(config.data.cohort))
     record.check_cohort(known, cases, run_uri)
     run = record.open_tracking(config, run_uri, known, cases)
     try:
-        with watched(f"training {config.run.name}", config.optim.steps) as board:
-            metrics = fit(make_job(config, cases, run, board=board))
-        for remark in _remarks(metrics):
+        metrics = _fit(config, cases, run, stop)
+        for remark in _remarks(config, metrics):
             print(remark, file=sys.stderr)  # noqa: T201
+        run = record.settle_tracking(config, run_uri, run, cases)
         version = register_best(config, run_uri, cases, run)
     except BaseException as error:
         with suppress(TrackingError):  # the first error is the one to tell
@@ -79,8 +87,26 @@ def train(config: TrainConfig) -> Result:
         scores=best_scores(run_uri),
         patches_per_s=float(metrics.get("patches_per_s", 0.0)),
         data_wait_fraction=float(metrics.get("data_wait_fraction", 0.0)),
+        restarts=int(metrics.get("restarts", 0)),
         model=version,
     )
+
+
+def _fit(config: TrainConfig, cases: Sequence[Case], run: Run, stop: Stop) -> dict[str, Any]:
+    """The workers, watched: progress, restarts, stalls and SIGTERM."""
+    name, wanted = config.run.name, config.cluster
+    words = f"run {name}: nothing moved for {wanted.stall_s:g} s (cluster.stall_s), so it was ended"
+
+    def stalled() -> None:
+        stop.now(f"{words}; --run.name {name} resumes it")
+
+    title = f"training {name}"
+    with (
+        watched(title, config.optim.steps, wanted.stall_s, stalled) as board,
+        on_sigterm(board, wanted.grace_s),
+    ):
+        metrics = launch.fit(make_job(config, cases, run, board=board))
+        return {**metrics, "restarts": ray.get(board.restarts.remote())}
 
 
 def usable(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
@@ -101,6 +127,7 @@ def usable(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
         )
     if bad:
         print(f"left out: {', '.join(c.case_id for c in bad)}", file=sys.stderr)  # noqa: T201
+        gauges.left_out(config.run.name, len(bad))
     good = cohort.trainable(cases, allow_incomplete=lenient)
     if not good:
         raise DataError(f"{config.data.cohort}: no case has labels; training needs them")
@@ -132,57 +159,15 @@ def make_job(
 ) -> Job:
     """What the workers of a run are told; `share` runs have the cluster together."""
     train_cases, held_out = split(config, cases)
-    workers = config.cluster.workers
-    spare = cluster.resources()["CPU"] / share - workers * config.cluster.cpus_per_worker
     return Job(
         config=config,
-        run_uri=storage.join(storage.absolute(config.run.storage_uri), config.run.name),
+        run_uri=_run_uri(config),
         train_cases=tuple(train_cases),
         held_out=tuple(held_out),
-        data_cpus=max(spare, cluster.DATA_CPUS) / workers,
+        data_cpus=launch.spare_cpus(config, share),
         tracking=run,
         board=board,
     )
-
-
-def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
-    """Runs the workers to the last step and returns what rank 0 reported last.
-
-    Raises:
-        RaybratsError: the cause in a worker, where it was one that a user can act on.
-    """
-    config = job.config
-    saved = checkpoint.written(job.run_uri)
-    if saved and saved[-1].step >= config.optim.steps:
-        last = checkpoint.newest(job.run_uri)  # unless it is damaged, there is nothing to do
-        if last and last.step >= config.optim.steps:
-            return {"step": last.step, **last.metrics}
-    gpu = uses_gpu(config)
-    resources = {"CPU": config.cluster.cpus_per_worker, **({"GPU": 1.0} if gpu else {})}
-    attempt = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers, use_gpu=gpu, resources_per_worker=resources
-        ),
-        run_config=ray.train.RunConfig(
-            # Ray's own index of a run can be damaged for good, so every attempt gets a new one;
-            # what to resume from is decided by checkpoint.py.
-            name=f"{config.run.name}-{attempt}",
-            **storage.for_ray(storage.join(job.run_uri, "ray")),
-            failure_config=FailureConfig(
-                max_failures=config.cluster.max_failures, controller_failure_limit=3
-            ),
-            callbacks=list(callbacks),
-        ),
-    )
-    try:
-        result = trainer.fit()
-    except Exception as error:
-        raise _cause(error, job) from error
-    return dict(result.return_value)
 
 
 def register_best(
@@ -209,35 +194,23 @@ def best_scores(run_uri: str) -> dict[str, float]:
     return {name: metrics[name] for name in (*REGIONS, "mean")}
 
 
-def uses_gpu(config: TrainConfig) -> bool:
-    """Whether each worker takes a GPU."""
-    if config.cluster.device == "auto":
-        return cluster.resources()["GPU"] > 0
-    return config.cluster.device == "gpu"
-
-
-def check_fits(config: TrainConfig) -> None:
-    """Refuses a run that the cluster can never place.
-
-    Raises:
-        ResourcesError: with the figures and the field to change.
-    """
-    cluster.check_fits(
-        workers=config.cluster.workers,
-        cpus_per_worker=config.cluster.cpus_per_worker,
-        gpu=uses_gpu(config),
-        data_cpus=config.data.cpus_per_task,
-    )
-
-
 def _with_name(config: TrainConfig) -> TrainConfig:
     return named(config, datetime.now().strftime("%Y%m%d-%H%M%S"))
 
 
-def _remarks(metrics: Mapping[str, Any]) -> Iterator[str]:
+def _run_uri(config: TrainConfig) -> str:
+    return storage.join(storage.absolute(config.run.storage_uri), config.run.name)
+
+
+def _remarks(config: TrainConfig, metrics: Mapping[str, Any]) -> Iterator[str]:
     """What did not stop the run, but should be known."""
     if "unsent" in metrics:
-        yield f"some metrics did not reach MLflow: {metrics['unsent']}"
+        again = f"the same command with --run.name {config.run.name} sends them"
+        yield f"some metrics did not reach MLflow ({metrics['unsent']}); {again}"
+    if metrics.get("rejected"):
+        place = storage.join(_run_uri(config), "checkpoints", "quarantine")
+        count = int(metrics["rejected"])
+        yield f"{count} checkpoints did not verify and lie in {place}; an older one was used"
     if metrics.get("uncached"):
         times = int(metrics["uncached"])
         yield (
@@ -249,23 +222,3 @@ def _remarks(metrics: Mapping[str, Any]) -> Iterator[str]:
 def _first(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
     limit = config.validation.max_cases
     return list(cases[:limit] if limit else cases)
-
-
-def _cause(error: BaseException, job: Job) -> RaybratsError:
-    """The worker's own error that a user can act on, else one that says where the run stopped.
-
-    Ray Data and Ray Train hand on what a task raised as the text of its traceback only.
-    """
-    texts = [str(failure) for failure in getattr(error, "worker_failures", {}).values()]
-    texts.append(str(error))
-    for text in texts:
-        for kind, words in reversed(re.findall(r"^raybrats\.errors\.(\w+): (.+)$", text, re.M)):
-            return getattr(errors, kind, RaybratsError)(words)
-    saved = checkpoint.written(job.run_uri)
-    place = f"step {saved[-1].step} of {job.config.optim.steps}" if saved else "no checkpoint yet"
-    lines = texts[0].strip().splitlines() or [repr(error)]
-    told = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
-    return RaybratsError(
-        f"run {job.config.run.name} stopped ({place}): {(told or lines)[-1][:300]}; "
-        f"--run.name {job.config.run.name} resumes it"
-    )

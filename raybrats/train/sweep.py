@@ -31,7 +31,7 @@ from raybrats.recipes import named
 from raybrats.registry import tracking
 from raybrats.registry.package import Version
 from raybrats.registry.tracking import Run
-from raybrats.train import record
+from raybrats.train import launch, record
 from raybrats.train import run as runs
 
 _SAMPLERS = {
@@ -140,11 +140,11 @@ def parse_space(space: Sequence[str], config: TrainConfig) -> dict[str, Domain]:
 
 def _concurrency(config: TrainConfig, num_trials: int) -> int:
     """Trials that fit the cluster side by side; Tune itself does not count their workers."""
-    runs.check_fits(config)
+    launch.check_fits(config)
     have, workers = cluster.resources(), config.cluster.workers
     spare = max(cluster.DATA_CPUS, config.data.cpus_per_task)
     fitting = have["CPU"] / (workers * config.cluster.cpus_per_worker + spare)
-    if runs.uses_gpu(config):
+    if launch.uses_gpu(config):
         fitting = min(fitting, have["GPU"] / workers)
     return max(1, min(num_trials, math.floor(fitting)))
 
@@ -192,7 +192,7 @@ def _run_trial(
     trial = _trial_config(config, overrides, f"{config.run.name}-{trial_id}")
     run_uri = storage.join(storage.absolute(trial.run.storage_uri), trial.run.name)
     run = record.open_tracking(trial, run_uri, None, cases, parent)
-    runs.fit(runs.make_job(trial, cases, run, share=at_once), [TuneReportCallback()])
+    launch.fit(runs.make_job(trial, cases, run, share=at_once), [TuneReportCallback()])
 
 
 def _trial_config(config: TrainConfig, overrides: Mapping[str, Any], name: str) -> TrainConfig:

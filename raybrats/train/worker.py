@@ -2,60 +2,45 @@
 
 import logging
 import math
-import time
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, fields
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+from ray.train.v2._internal.execution.context import get_train_context
 from torch.nn.parallel import DistributedDataParallel
 
-from raybrats.brats import REGIONS
-from raybrats.config import TrainConfig
+from raybrats.config import TrainConfig, digest
+from raybrats.data import storage
 from raybrats.data.cache import Tally, prepared
 from raybrats.data.case import Case
+from raybrats.data.plan import Plan
 from raybrats.data.prepare import Prepared
 from raybrats.data.stream import Share, Stream
-from raybrats.model.network import weights_of
-from raybrats.registry.tracking import MetricLog
-from raybrats.train import checkpoint, loop
+from raybrats.errors import CheckpointError, DivergedError, RaybratsError
+from raybrats.registry.metric_log import MetricLog
+from raybrats.train import checkpoint, gauges, loop
 from raybrats.train.job import Job
+from raybrats.train.learner import Learner, new_learner
+from raybrats.train.loop import Hooks
+from raybrats.train.saver import Saver
 
-LOG_EVERY_STEPS = 10
-
-
-@dataclass
-class _Pace:
-    """Where the time of the steps goes, but for the first one, which waits for the stream."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    wait_s: float = 0.0
-    losses: list[torch.Tensor] = field(default_factory=list)
-
-    def add(self, loss: torch.Tensor, seconds: float, wait_s: float, first: bool) -> None:
-        self.losses.append(loss)
-        if not first:
-            self.steps, self.seconds = self.steps + 1, self.seconds + seconds
-            self.wait_s += wait_s
-
-    def figures(self, global_batch: int) -> dict[str, float]:
-        seconds = max(self.seconds, 1e-9)
-        return {
-            "patches_per_s": self.steps * global_batch / seconds,
-            "data_wait_fraction": self.wait_s / seconds,
-        }
+WISH_EVERY_S = 0.5
+"""Between two looks at whether the driver wants a checkpoint."""
 
 
 def work(job: Job) -> dict[str, Any]:
     """Trains from the newest good checkpoint to the last step; what was reported last.
 
     `unsent` tells why metrics did not reach MLflow, if some did not; `uncached` counts the cases
-    that a node could not keep.
+    that a node could not keep; `rejected` the checkpoints that did not verify. What no restart
+    helps is returned as `failed`, its kind and its words, so that Ray does not try again.
     """
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.train.get_context()
@@ -63,103 +48,211 @@ def work(job: Job) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(math.ceil(job.config.cluster.cpus_per_worker))
-    learner = loop.new_learner(job.config, device)
-    metrics = _resume(job, learner, rank)
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        learner.network = DistributedDataParallel(learner.bare, device_ids=ids)
-    if learner.step >= job.config.optim.steps:
-        return {"step": learner.step, **metrics}
-    log = MetricLog(job.tracking) if rank == 0 else None
-    share = Share(rank, world, learner.step, job.config.optim.steps, job.data_cpus)
-    last = _run(job, learner, share, log)
-    if log is not None:
-        log.close()
-        last |= {"unsent": log.failed} if log.failed else {}
-    return last
+    learner = new_learner(job.config, device)
+    try:
+        found = _resume(job, learner, rank)
+        if found.get("finished"):
+            return {"step": learner.step, **found["metrics"]}
+        if world > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            learner.network = DistributedDataParallel(learner.network, device_ids=ids)
+        share = Share(rank, world, learner.step, job.config.optim.steps, job.data_cpus)
+        with _Worker(job, learner, share, found) as worker:
+            return worker.run()
+    except (DivergedError, CheckpointError) as error:
+        return {"failed": (type(error).__name__, _with_cases(job, learner, error))}
 
 
-def _run(job: Job, learner: loop.Learner, share: Share, log: MetricLog | None) -> dict[str, float]:
-    """Steps, with validation, checkpoint and report every so many of them and at the end."""
-    config, pace, last = job.config, _Pace(), {}
-    stream = Stream(config, job.train_cases, share)
-    batches = iter(stream)
-    while learner.step < config.optim.steps:
-        began = time.perf_counter()
-        batch = next(batches)
-        ready = time.perf_counter()
-        loss = loop.train_step(learner, batch)
-        ended = time.perf_counter()
-        pace.add(loss, ended - began, ready - began, first=learner.step == share.start + 1)
-        due = learner.step % config.validation.every_steps == 0
-        if learner.step % LOG_EVERY_STEPS == 0 or learner.step == config.optim.steps:
-            last["uncached"] = _tell(job, learner, pace, log, stream.tally)
-        if due or learner.step == config.optim.steps:
-            last |= _validate_and_save(job, learner, share, pace, log)
-    return last
+class _Worker:
+    """One rank of a run; rank 0 also logs, saves and listens to the driver."""
+
+    def __init__(self, job: Job, learner: Learner, share: Share, found: Mapping[str, Any]) -> None:
+        self._job, self._learner, self._share = job, learner, share
+        self._stream = Stream(job.config, job.train_cases, share)
+        self._first = share.rank == 0
+        self._extra: dict[str, Any] = {"rejected": found.get("rejected", 0)}
+        if self._first:
+            spool_uri = storage.join(job.run_uri, "metrics.jsonl")
+            self._log = MetricLog(job.tracking, spool_uri)
+            self._saver = Saver(job.run_uri, job.tracking.run_id, found.get("uri", ""))
+            self._wish = _Wish(job)
+            self._gauges = gauges.Gauges(job.config.run.name, self._extra["rejected"])
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._first:
+            self._wish.close()
+            self._log.close()
+            if error[0] is None:
+                self._saver.close()
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end of the run; the metrics of the last validation, and what was odd."""
+        hooks = Hooks(self._validate, self._tell, self._save, self._heed)
+        metrics = loop.run(self._learner, self._stream, hooks)
+        if self._first:
+            self._log.close()
+            self._extra |= {"unsent": self._log.failed} if self._log.failed else {}
+        return {"step": self._learner.step, **metrics, **self._extra}
+
+    def _validate(self) -> list[list[float]]:
+        mine = self._job.held_out[self._share.rank :: self._share.world]
+        return loop.gathered(loop.validate(self._learner, self._heeding(mine)))
+
+    def _heeding(self, cases: tuple[Case, ...]) -> Iterator[Prepared]:
+        """The cases of a validation; it may be long, so the driver is heeded between them."""
+        for number, case in enumerate(_prepared(self._job.config, cases), 1):
+            self._heed()
+            self._post(f"validating, case {number} of {len(cases)}")
+            yield case
+
+    def _tell(self, figures: Mapping[str, float]) -> None:
+        """Figures to MLflow, to the driver and to those who watch the cluster."""
+        if "train/loss" not in figures:
+            if self._first:
+                self._log.log(figures, self._learner.step)
+            return
+        tally = _over_ranks(self._stream.tally, self._learner.device)
+        if not self._first:
+            return
+        cached = {f"cache/{name}": count for name, count in tally.items()}
+        self._extra["uncached"] = int(tally["failed"])
+        self._log.log({**figures, **cached}, self._learner.step)
+        self._gauges.show(figures, tally)
+        self._post(f"loss {figures['train/loss']:.3f}, {figures['patches_per_s']:.1f} patches/s")
+
+    def _save(self, metrics: Mapping[str, float], finished: bool) -> None:
+        """A checkpoint, by rank 0; after a validation Ray Train is told too."""
+        if self._first:
+            self._saver.save(self._learner, metrics, finished)
+            if metrics:  # a sweep may end this trial by what it reports: its score is kept first
+                self._saver.wait()
+            self._extra["rejected"] += self._gauges.reject(self._saver.rejected)
+        if metrics:
+            ray.train.report({"step": self._learner.step, **metrics})
+
+    def _heed(self) -> None:
+        """Saves at once if the driver is about to stop, or a node of the run about to go."""
+        if self._first and (reason := self._wish.due()):
+            self._saver.save(self._learner, {})
+            self._saver.wait()
+            self._wish.granted(self._saver.saved, reason)
+
+    def _post(self, remark: str) -> None:
+        if self._first and self._job.board is not None:
+            self._job.board.post.remote(self._learner.step, remark)
 
 
-def _tell(job: Job, learner: loop.Learner, pace: _Pace, log: MetricLog | None, tally: Tally) -> int:
-    """Mean loss of all ranks since the last time, and the pace, to MLflow and to the driver.
+class _Wish:
+    """Whether a checkpoint is wanted now: by the driver, or because a node is to be taken away."""
 
-    Returns the cases that no node could keep in its cache.
+    def __init__(self, job: Job) -> None:
+        self._board, self._asked, self._ended = job.board, threading.Event(), threading.Event()
+        self._notice: object = None
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def due(self) -> str:
+        """Why a checkpoint is due, once for each reason; empty if none is."""
+        if self._asked.is_set():
+            self._asked.clear()
+            return "stop"
+        notice = _preemption()
+        if notice is not None and notice != self._notice:
+            self._notice = notice
+            return "preemption notice"
+        return ""
+
+    def granted(self, step: int, reason: str) -> None:
+        """Tells the driver that the checkpoint is there."""
+        if self._board is not None:
+            self._board.saved.remote(step, reason)
+
+    def close(self) -> None:
+        """Stops looking."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        asked = False
+        while self._board is not None and not self._ended.wait(WISH_EVERY_S):
+            try:
+                wished = ray.get(self._board.wished.remote(), timeout=30)
+            except ray.exceptions.RayError:  # the driver has gone, and this worker will
+                return
+            if wished and not asked:
+                self._asked.set()
+            asked = wished
+
+
+def _preemption() -> object:
+    """Ray Train's notice that a node of this run is to be taken away; None without one.
+
+    Ray's public `get_preemption_info` is a barrier of all ranks. It hands on what rank 0 knows,
+    which is all that is needed: rank 0 saves alone, while the others wait in their next step.
     """
-    counts = torch.tensor(astuple(tally), dtype=torch.float32, device=learner.device)
-    sums = torch.cat([torch.stack(pace.losses).mean()[None], counts])
-    pace.losses.clear()
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-        sums[0] /= torch.distributed.get_world_size()
-    if log is None:
-        return 0
-    loss, *totals = sums.tolist()
-    figures = pace.figures(job.config.optim.global_batch)
-    rate = loop.learning_rate(job.config.optim, learner.step - 1)
-    cached = {f"cache/{f.name}": n for f, n in zip(fields(Tally), totals, strict=True)}
-    log.log({"train/loss": loss, "train/lr": rate, **figures, **cached}, learner.step)
-    if job.board is not None:
-        remark = f"loss {loss:.3f}, {figures['patches_per_s']:.1f} patches/s"
-        job.board.post.remote(learner.step, remark)
-    return int(cached["cache/failed"])
+    return get_train_context().preemption_context.preemption_info
 
 
-def _validate_and_save(
-    job: Job, learner: loop.Learner, share: Share, pace: _Pace, log: MetricLog | None
-) -> dict[str, float]:
-    mine = _prepared(job.config, job.held_out[share.rank :: share.world])
-    scores = _gather(loop.validate(learner, mine), share.world)
-    means = loop.mean_scores(scores, REGIONS)
-    metrics = {**means, **pace.figures(job.config.optim.global_batch)}
-    if log is not None:
-        log.log({f"val/dice_{name}": value for name, value in means.items()}, learner.step)
-        checkpoint.write(
-            job.run_uri,
-            job.config,
-            step=learner.step,
-            weights=weights_of(learner.bare),
-            state=learner.state(),
-            metrics=metrics,
-        )
-        checkpoint.prune(job.run_uri)
-    reported = {"step": learner.step, **metrics}
-    ray.train.report(reported)
-    return reported
+def _resume(job: Job, learner: Learner, rank: int) -> dict[str, Any]:
+    """Loads the checkpoint that rank 0 chose; what is known of it.
 
-
-def _resume(job: Job, learner: loop.Learner, rank: int) -> Mapping[str, float]:
-    """Loads the checkpoint that rank 0 chose; the metrics that it was written with."""
-    chosen: list[str | None] = [None]
+    Raises:
+        CheckpointError: there were some, and none can be trusted or fits; on all ranks.
+    """
+    chosen: list[dict[str, Any]] = [{}]
     found = None
     if rank == 0:
-        found = checkpoint.newest(job.run_uri)
-        chosen = [found.uri if found else None]
+        try:
+            found = checkpoint.newest(job.run_uri)
+            _require_same(job.config, found)
+            chosen = [_facts(found) if found else {}]
+        except RaybratsError as error:
+            chosen = [{"error": str(error)}]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(chosen, src=0)
-    if chosen[0] is None:
-        return {}
-    found = found or checkpoint.read(chosen[0])
-    learner.restore(found.weights, found.state, found.step)
-    return found.metrics
+    (facts,) = chosen
+    if "error" in facts:
+        raise CheckpointError(facts["error"])
+    if facts:
+        found = found or checkpoint.read(facts["uri"])
+        learner.restore(found.weights, found.state, found.step)
+    return facts
+
+
+def _facts(found: checkpoint.Checkpoint) -> dict[str, Any]:
+    rejected = len(found.rejected)
+    return {
+        "uri": found.uri,
+        "rejected": rejected,
+        "metrics": dict(found.metrics),
+        "finished": found.finished,
+    }
+
+
+def _require_same(config: TrainConfig, found: checkpoint.Checkpoint | None) -> None:
+    if found is not None and found.config_digest != digest(config):
+        raise CheckpointError(f"{found.uri} was written with another configuration")
+
+
+def _with_cases(job: Job, learner: Learner, error: RaybratsError) -> str:
+    """The error's words, and which cases a diverged run saw last."""
+    if not isinstance(error, DivergedError) or not learner.skipped_in_a_row:
+        return str(error)
+    config, cases = job.config, job.train_cases
+    batch, draws = config.optim.global_batch, config.data.patches_per_case
+    plan = Plan(len(cases), batch, config.run.seed, draws)
+    numbers = {case for step in learner.skipped_in_a_row[-3:] for case in plan.cases(step)}
+    names = ", ".join(cases[number].case_id for number in sorted(numbers)[:8])
+    return f"{error} (cases of its last steps: {names})"
+
+
+def _over_ranks(tally: Tally, device: torch.device) -> dict[str, float]:
+    """What the node caches were good for, over all ranks."""
+    counts = torch.tensor(astuple(tally), dtype=torch.float32, device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return dict(zip((f.name for f in fields(Tally)), counts.tolist(), strict=True))
 
 
 def _prepared(config: TrainConfig, cases: tuple[Case, ...]) -> Iterator[Prepared]:
@@ -177,12 +270,3 @@ def _prepared(config: TrainConfig, cases: tuple[Case, ...]) -> Iterator[Prepared
             if following is not None:
                 waiting.append(pool.submit(open_one, following))
             yield ready
-
-
-def _gather(scores: list[list[float]], world: int) -> list[list[float]]:
-    """The scores of all cases of all ranks."""
-    if world == 1:
-        return scores
-    everyone: list[list[list[float]]] = [[] for _ in range(world)]
-    torch.distributed.all_gather_object(everyone, scores)
-    return [score for rank_scores in everyone for score in rank_scores]

@@ -7,11 +7,12 @@ import os
 import pytest
 import torch
 
-from raybrats.config import NetworkConfig, TrainConfig, from_json
+from raybrats.config import NetworkConfig, TrainConfig, digest, from_json
 from raybrats.data import storage
 from raybrats.errors import CheckpointError
 from raybrats.model.network import build, weights_of
 from raybrats.train import checkpoint
+from raybrats.train.checkpoint import Snapshot
 
 FILES = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.CONFIG, checkpoint.MANIFEST)
 CONFIG = TrainConfig(network=NetworkConfig(widths=(4, 4, 4)))
@@ -26,14 +27,15 @@ def run_uri(request, tmp_path):
 
 def write(run_uri, step, mean=0.5):
     torch.manual_seed(step)
-    return checkpoint.write(
-        run_uri,
-        CONFIG,
+    snapshot = Snapshot(
         step=step,
         weights=weights_of(build(CONFIG.network, 4)),
         state={"torch_rng": torch.get_rng_state(), "optimizer": {"lr": 0.1, "steps": [step]}},
-        metrics={"mean": mean, "WT": mean},
+        metrics={} if mean is None else {"mean": mean, "WT": mean},
+        world=3,
+        mlflow_run_id="abc",
     )
+    return checkpoint.write(run_uri, CONFIG, snapshot)
 
 
 def change(uri, name, how):
@@ -81,6 +83,8 @@ def test_the_manifest_names_size_and_digest_of_every_file(run_uri):
         data = storage.read_bytes(storage.join(uri, name))
         assert facts == {"size": len(data), "digest": storage.digest_of(data)}
     assert manifest["draws"] == 3 * CONFIG.optim.global_batch
+    assert manifest["config_digest"] == digest(CONFIG)
+    assert (manifest["world"], manifest["mlflow_run_id"], manifest["finished"]) == (3, "abc", False)
 
 
 def test_a_run_without_checkpoints_has_no_newest(run_uri):
@@ -104,16 +108,34 @@ def test_of_equal_scores_the_later_is_best(run_uri):
     assert checkpoint.best(run_uri).step == 3
 
 
-def test_prune_keeps_the_two_newest_and_the_best(run_uri):
-    for step, mean in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.4), (5, 0.5)):
-        write(run_uri, step, mean)
-    checkpoint.prune(run_uri)
-    assert [w.step for w in checkpoint.written(run_uri)] == [2, 4, 5]
+def test_the_best_is_one_that_was_validated(run_uri):
+    write(run_uri, 1, mean=None)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoint.best(run_uri)
+    write(run_uri, 2, mean=0.0)
+    write(run_uri, 3, mean=None)
     assert checkpoint.best(run_uri).step == 2
-    folders = {uri.rpartition("/")[0] for uri in objects(storage.join(run_uri, "checkpoints"))}
-    assert len(folders) == 3
-    checkpoint.prune(run_uri)
-    assert [w.step for w in checkpoint.written(run_uri)] == [2, 4, 5]
+    assert checkpoint.newest(run_uri).step == 3
+
+
+def test_prune_keeps_the_two_newest_that_verified_the_best_and_what_is_newer(run_uri):
+    means = ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.4), (5, 0.5), (6, 0.1))
+    uris = [write(run_uri, step, mean) for step, mean in means]
+    storage.delete(storage.join(uris[0], checkpoint.MANIFEST))
+    storage.delete(storage.join(uris[5], checkpoint.MANIFEST))
+    for verified in ([], uris[3:4]):
+        checkpoint.prune(run_uri, verified)
+        assert folders(run_uri) == {1, 2, 3, 4, 5, 6}, "fewer than two are known to be good"
+    for _ in range(2):
+        checkpoint.prune(run_uri, uris[2:5])
+        assert [w.step for w in checkpoint.written(run_uri)] == [2, 4, 5]
+        assert folders(run_uri) == {2, 4, 5, 6}, "an old orphan goes, a newer one may be in work"
+    assert checkpoint.best(run_uri).step == 2
+
+
+def folders(run_uri):
+    found = {uri.rpartition("/")[0] for uri in objects(storage.join(run_uri, "checkpoints"))}
+    return {int(folder.rpartition("-")[2]) for folder in found}
 
 
 def test_a_checkpoint_without_a_manifest_was_never_finished(run_uri):
@@ -139,9 +161,11 @@ def test_a_damaged_newest_is_put_aside_for_the_one_before(run_uri, name, how):
     bad = write(run_uri, 2)
     change(bad, name, how)
     kept = {storage.name(uri): size for uri, size in objects(bad).items()}
-    assert checkpoint.newest(run_uri).step == 1
+    found = checkpoint.newest(run_uri)
+    assert found.step == 1
     assert quarantined(run_uri) == ["step-00000002"]
     place = storage.join(run_uri, "checkpoints", "quarantine", "step-00000002")
+    assert found.rejected == (place,)
     assert {storage.name(uri): size for uri, size in objects(place).items()} == kept
     assert [w.step for w in checkpoint.written(run_uri)] == [1]
     assert checkpoint.newest(run_uri).step == 1
@@ -210,7 +234,7 @@ class _Touch:
 def test_a_state_that_would_run_code_is_refused(run_uri, tmp_path):
     trace = tmp_path / "trace"
     uri = checkpoint.write(
-        run_uri, CONFIG, step=1, weights={}, state={"optimizer": _Touch(trace)}, metrics={}
+        run_uri, CONFIG, Snapshot(step=1, weights={}, state={"optimizer": _Touch(trace)})
     )
     found = checkpoint.read(uri)
     with pytest.raises(CheckpointError, match=r"state\.pt"):

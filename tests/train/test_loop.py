@@ -23,6 +23,8 @@ from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import prepare
 from raybrats.model.network import weights_of
 from raybrats.train import checkpoint, loop
+from raybrats.train.checkpoint import Snapshot
+from raybrats.train.learner import learning_rate, new_learner
 
 CPU = torch.device("cpu")
 STILL = AugmentConfig(mirror=0, noise=0, brightness=0, contrast=0, gamma=0)
@@ -63,21 +65,21 @@ def assert_equal(one, other):
 
 def test_the_loss_falls_on_a_batch_seen_again_and_again(batches):
     config = replace(CONFIG, augment=STILL, optim=OptimConfig(lr=3e-2, steps=12, global_batch=2))
-    learner = loop.new_learner(config, CPU)
+    learner = new_learner(config, CPU)
     losses = [float(loop.train_step(learner, batches[0])) for _ in range(12)]
     assert learner.step == 12
     assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_seed_decides_the_initial_weights():
-    assert_equal(loop.new_learner(CONFIG, CPU), loop.new_learner(CONFIG, CPU))
-    other = loop.new_learner(override(CONFIG, "run.seed", 5), CPU)
+    assert_equal(new_learner(CONFIG, CPU), new_learner(CONFIG, CPU))
+    other = new_learner(override(CONFIG, "run.seed", 5), CPU)
     with pytest.raises(AssertionError):
-        assert_equal(loop.new_learner(CONFIG, CPU), other)
+        assert_equal(new_learner(CONFIG, CPU), other)
 
 
 def test_a_step_changes_every_weight(batches):
-    learner = loop.new_learner(CONFIG, CPU)
+    learner = new_learner(CONFIG, CPU)
     before = {name: tensor.clone() for name, tensor in learner.bare.named_parameters()}
     loop.train_step(learner, batches[0])
     same = [n for n, p in learner.bare.named_parameters() if torch.equal(before[n], p)]
@@ -90,21 +92,18 @@ def test_a_resumed_learner_ends_bit_equal_to_an_uninterrupted_one(
     batches, tmp_path, optimizer, stop
 ):
     config = override(CONFIG, "optim.name", optimizer)
-    whole = loop.new_learner(config, CPU)
+    whole = new_learner(config, CPU)
     losses = [loop.train_step(whole, batch) for batch in batches]
 
-    first = loop.new_learner(config, CPU)
+    first = new_learner(config, CPU)
     for batch in batches[:stop]:
         loop.train_step(first, batch)
-    weights, state = weights_of(first.bare), first.state()
-    checkpoint.write(
-        str(tmp_path), config, step=stop, weights=weights, state=state, metrics={"mean": 0.0}
-    )
-    del first, weights, state
+    checkpoint.write(str(tmp_path), config, Snapshot(stop, first.weights(), first.state()))
+    del first
     torch.manual_seed(99)
 
     found = checkpoint.newest(str(tmp_path))
-    second = loop.new_learner(config, CPU)
+    second = new_learner(config, CPU)
     second.restore(found.weights, found.state, found.step)
     assert second.step == stop
     again = [loop.train_step(second, batch) for batch in batches[stop:]]
@@ -113,29 +112,29 @@ def test_a_resumed_learner_ends_bit_equal_to_an_uninterrupted_one(
 
 
 def test_random_numbers_go_on_where_they_were():
-    learner = loop.new_learner(CONFIG, CPU)
+    learner = new_learner(CONFIG, CPU)
     torch.rand(7)
-    weights, state = weights_of(learner.bare), learner.state()
+    weights, state = learner.weights(), learner.state()
     expected = torch.rand(5)
-    loop.new_learner(CONFIG, CPU).restore(weights, state, 0)
+    new_learner(CONFIG, CPU).restore(weights, state, 0)
     assert torch.equal(torch.rand(5), expected)
 
 
 def test_the_learning_rate_falls_polynomially_from_lr_to_nothing(batches):
     optim = OptimConfig(lr=0.02, steps=10, poly_power=0.9)
-    rates = [loop.learning_rate(optim, step) for step in range(11)]
+    rates = [learning_rate(optim, step) for step in range(11)]
     assert rates[0] == 0.02
     assert rates[5] == pytest.approx(0.02 * 0.5**0.9)
     assert rates[10] == 0
     assert rates == sorted(rates, reverse=True)
-    learner = loop.new_learner(CONFIG, CPU)
+    learner = new_learner(CONFIG, CPU)
     for batch in batches[:3]:
         loop.train_step(learner, batch)
-    assert learner.optimizer.param_groups[0]["lr"] == loop.learning_rate(CONFIG.optim, 2)
+    assert learner.optimizer.param_groups[0]["lr"] == learning_rate(CONFIG.optim, 2)
 
 
 def test_gradients_are_clipped(batches):
-    learner = loop.new_learner(override(CONFIG, "optim.clip_norm", 1e-3), CPU)
+    learner = new_learner(override(CONFIG, "optim.clip_norm", 1e-3), CPU)
     loop.train_step(learner, batches[0])
     norm = torch.stack([p.grad.norm() for p in learner.bare.parameters()]).norm()
     assert norm <= 1e-3 * (1 + 1e-4)
@@ -143,7 +142,7 @@ def test_gradients_are_clipped(batches):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_loss_and_gradients_are_finite(batches, precision):
-    learner = loop.new_learner(override(CONFIG, "optim.precision", precision), CPU)
+    learner = new_learner(override(CONFIG, "optim.precision", precision), CPU)
     for batch in batches[:3]:
         assert torch.isfinite(loop.train_step(learner, batch))
         assert all(torch.isfinite(p.grad).all() for p in learner.bare.parameters())
@@ -152,7 +151,7 @@ def test_loss_and_gradients_are_finite(batches, precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_validation_scores_every_region_of_every_case(cases, precision):
-    learner = loop.new_learner(override(CONFIG, "optim.precision", precision), CPU)
+    learner = new_learner(override(CONFIG, "optim.precision", precision), CPU)
     scores = loop.validate(learner, iter(cases))
     assert np.array(scores).shape == (len(cases), len(REGIONS))
     assert all(0 <= score <= 1 for row in scores for score in row)
@@ -165,7 +164,7 @@ def test_a_network_that_reads_the_answer_off_the_image_scores_one():
     wt, tc, et = labels > 0, np.isin(labels, (NCR, ET)), labels == ET
     image = [10 + 90 * mask.astype(np.int16) for mask in (wt, tc, et, wt)]
     image[0][0, 0, 0] = 0  # a corner that differs: the background is 0, everything else is brain
-    learner = loop.new_learner(CONFIG, CPU)
+    learner = new_learner(CONFIG, CPU)
     learner.bare = nn.Conv3d(4, 3, 1, bias=False)
     with torch.no_grad():
         learner.bare.weight.copy_(torch.eye(3, 4)[..., None, None, None])
@@ -180,7 +179,7 @@ def test_slices_and_whole_volumes_are_learned_and_scored(cases, sampling):
     size = (32, 32, 1) if sampling == "slices" else PATCH
     data = DataConfig(sampling=sampling, patch_size=size, num_slices=4, first_slice=12)
     config = replace(CONFIG, data=data, augment=AugmentConfig(rotation=1.0, blur=1.0))
-    learner = loop.new_learner(config, CPU)
+    learner = new_learner(config, CPU)
     boxes = [[edge for span in case.box for edge in (span.start, span.stop)] for case in cases]
     cut_size = size if sampling == "slices" else volume_size(boxes, config.network.stride)
     rule = PatchRule(data, cut_size, seed=0)

@@ -1,0 +1,98 @@
+"""Checkpoints written behind the training: one at a time, verified, and only then older ones go."""
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from raybrats.config import TrainConfig
+from raybrats.errors import CheckpointError, DivergedError, StorageError
+from raybrats.train import checkpoint
+from raybrats.train.checkpoint import Snapshot
+from raybrats.train.learner import Learner
+from raybrats.train.loop import world_size
+
+_LOG = logging.getLogger(__name__)
+TRIES = 3
+"""Checkpoints in a row that may fail until the run stops: by then three intervals are at risk."""
+
+
+class Saver:
+    """Takes a copy of the learner and writes it while the training goes on."""
+
+    def __init__(self, run_uri: str, mlflow_run_id: str = "", resumed: str = "") -> None:
+        self.rejected = 0
+        """Checkpoints that did not read back as they were written."""
+        self.saved = -1
+        """Step of the newest one that verified."""
+        self._run_uri, self._mlflow_run_id = run_uri, mlflow_run_id
+        self._verified = [resumed] if resumed else []
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._failed, self._step = 0, -1
+
+    def save(self, learner: Learner, metrics: Mapping[str, float], finished: bool = False) -> None:
+        """Starts a checkpoint, once the one before is done; the last one is waited for.
+
+        Raises:
+            StorageError: several in a row could not be written, or the last one of the run.
+            DivergedError: the weights are not finite; nothing is written.
+        """
+        if learner.step == self._step:
+            return
+        self.wait()
+        self._step = learner.step
+        snapshot = Snapshot(
+            step=learner.step,
+            weights=learner.weights(),
+            state=learner.state(),
+            metrics=dict(metrics),
+            finished=finished,
+            world=world_size(),
+            mlflow_run_id=self._mlflow_run_id,
+        )
+        self._writing = self._pool.submit(self._write, learner.config, snapshot)
+        if finished:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises as `save` does."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.wait()
+        self._pool.shutdown()
+
+    def _write(self, config: TrainConfig, snapshot: Snapshot) -> None:
+        for name, tensor in snapshot.weights.items():
+            if not torch.isfinite(tensor).all():
+                raise DivergedError(
+                    f"{name} is not finite at step {snapshot.step}, so it was not saved; "
+                    f"{self._run_uri} goes on from the checkpoint before with a lower optim.lr"
+                )
+        while not self._written(config, snapshot) and snapshot.finished:
+            continue
+
+    def _written(self, config: TrainConfig, snapshot: Snapshot) -> bool:
+        """Whether it verified; else older ones are as they were, and the next save tries anew."""
+        try:
+            uri = checkpoint.write(self._run_uri, config, snapshot)
+            checkpoint.read(uri)
+        except (StorageError, CheckpointError) as error:
+            self._failed += 1
+            self._step = -1
+            _LOG.warning("checkpoint of step %d: %s", snapshot.step, error)
+            if isinstance(error, CheckpointError):
+                self.rejected += 1
+                checkpoint.put_aside(uri)
+            if self._failed >= TRIES:
+                raise
+            return False
+        self._failed, self.saved = 0, snapshot.step
+        self._verified = [*self._verified[-1:], uri]
+        checkpoint.prune(self._run_uri, self._verified)
+        return True
