@@ -4,6 +4,7 @@ s3:// follows the standard AWS_* variables and AWS_ENDPOINT_URL, so no secret pa
 """
 
 import asyncio
+import errno
 import os
 import random
 import time
@@ -24,6 +25,10 @@ DEADLINE_S = 120.0
 """Until an operation gives up, retries included; longer by what its bytes take on a slow line."""
 _SLOW_LINE = 250e3
 """Bytes a second."""
+SETTLE_S = 1.0
+"""Until two who wrote one object at the same time both read who came last; a write takes less."""
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
+"""What file systems without hard links answer: exFAT, and many that a program serves (FUSE)."""
 _PART = 50 * 2**20
 """Bytes that s3fs reads in one request; larger objects in several at once."""
 
@@ -96,6 +101,28 @@ def write_bytes(uri: str, data: bytes) -> None:
         raise StorageError(f"{uri}: cannot be written: {error.strerror or error}") from error
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Puts an object whole where there is none; False: there is one already, and it stays.
+
+    Of many who create at once, one does. The data must be of this writer alone (a random token
+    will do), for that is how a create whose answer was lost knows its own object.
+
+    Raises:
+        StorageError: it cannot be written, or is out of reach.
+    """
+    if not is_remote(uri):
+        return _create_on_disk(uri, data) or _holds(uri, data)
+    if exists(uri):
+        return False
+
+    def put(fs: Any, path: str, **limit: float) -> bool:  # noqa: ANN401
+        return _put_new(fs, path, data, **limit)
+
+    if _attempt(uri, put, len(data)) and _attempt(uri, put, len(data)):
+        time.sleep(SETTLE_S)  # taken twice: this server ignores the condition, and the last has it
+    return _holds(uri, data)
+
+
 def list_objects(uri: str) -> dict[str, int]:
     """Size in bytes of every object below a URI, by its own URI, in sorted order."""
     found = _attempt(uri, lambda fs, path, **limit: fs.find(path, detail=True, **limit))
@@ -150,6 +177,56 @@ def for_ray(uri: str) -> dict[str, Any]:
 
     fs, path = fsspec.url_to_fs(absolute(uri), **_options(uri))
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
+def _create_on_disk(uri: str, data: bytes) -> bool:
+    path = Path(absolute(uri))
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(data)
+        return _link(aside, path)
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot be created: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            aside.unlink()
+
+
+def _link(aside: Path, path: Path) -> bool:
+    """Gives a file its second name, unless that is taken; a copy where there are no links."""
+    try:
+        os.link(aside, path)  # whole at once, and unlike a rename it never replaces
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with suppress(FileExistsError), path.open("xb") as file:  # a reader may see a part
+            return file.write(aside.read_bytes()) >= 0
+        return False
+    return True
+
+
+def _put_new(fs: Any, path: str, data: bytes, **limit: float) -> bool:  # noqa: ANN401
+    """Puts an object under the condition that there is none; False: the server found one."""
+    try:
+        fs.pipe_file(path, data, mode="create", **limit)
+    except OSError as error:
+        # Ceph's refusal has no message, so s3fs does not know it for a FileExistsError
+        if isinstance(error, FileExistsError) or "(PreconditionFailed)" in str(error.__cause__):
+            return False
+        if "(NotImplemented)" not in str(error.__cause__):
+            raise
+        fs.pipe_file(path, data, **limit)  # as OpenStack Swift, which knows no condition
+    return True
+
+
+def _holds(uri: str, data: bytes) -> bool:
+    try:
+        return read_bytes(uri) == data
+    except MissingObjectError:
+        return False
 
 
 def _options(uri: str) -> dict[str, Any]:

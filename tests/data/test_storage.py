@@ -1,5 +1,6 @@
 """Bytes at a URI: the same on disk and on S3, and every failure in one line without a secret."""
 
+import errno
 import os
 import re
 import socket
@@ -85,6 +86,75 @@ def test_names_may_hold_spaces_and_letters_of_any_script(place: str):
     assert storage.exists(uri)
 
 
+def test_what_is_there_is_not_created_again(place: str):
+    uri = storage.join(place, "deep", "lease")
+    assert storage.create(uri, b"mine")
+    assert not storage.create(uri, b"yours")
+    assert storage.read_bytes(uri) == b"mine"
+    assert list(storage.list_objects(place)) == [uri]
+    storage.delete(uri)
+    assert storage.create(uri, b"yours")
+
+
+def create_at_once(uri: str, count: int) -> list[bytes]:
+    """The data of those of so many concurrent creators who were told that they have it."""
+    start, made = threading.Barrier(count), []
+
+    def create(data: bytes) -> None:
+        start.wait()
+        if storage.create(uri, data):
+            made.append(data)
+
+    threads = [threading.Thread(target=create, args=(b"of %d" % n,)) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return made
+
+
+def test_of_many_who_create_at_once_one_does(place: str):
+    for turn in range(4):
+        uri = storage.join(place, str(turn))
+        assert create_at_once(uri, 8) == [storage.read_bytes(uri)]
+    assert len(storage.list_objects(place)) == 4
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("fresh_clients")
+def test_one_creates_also_where_the_server_ignores_the_condition(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    from s3fs import S3FileSystem
+
+    dropped, pipe = [], S3FileSystem._pipe_file
+
+    async def unconditional(self, path, data, mode="overwrite", **options):
+        dropped.append(mode)
+        return await pipe(self, path, data, **options)
+
+    # neither Ceph nor moto ignores the condition, so it is not sent to them
+    monkeypatch.setattr(S3FileSystem, "_pipe_file", unconditional)
+    uri = f"s3://{bucket}/lease"
+    assert create_at_once(uri, 8) == [storage.read_bytes(uri)]
+    assert dropped.count("create") > 2
+    assert not storage.create(uri, b"late")
+
+
+def test_without_hard_links_one_creates_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    refused = []
+
+    def link(*_: object) -> None:
+        refused.append(1)
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as exFAT does
+
+    monkeypatch.setattr(os, "link", link)
+    uri = str(tmp_path / "lease")
+    assert create_at_once(uri, 8) == [storage.read_bytes(uri)]
+    assert len(refused) == 8
+    assert [p.name for p in tmp_path.iterdir()] == ["lease"]
+
+
 def test_a_folder_is_renamed_whole(place: str):
     old, new = storage.join(place, "step-1"), storage.join(place, "quarantine/step-1")
     files = {"MANIFEST.json": b"{}", "deep/weights": BLOB}
@@ -143,6 +213,8 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_leaves_nothing(tmp_path: 
     (tmp_path / "folder").mkdir()
     with pytest.raises(StorageError, match="cannot be written"):
         storage.write_bytes(str(tmp_path / "folder"), b"y")
+    with pytest.raises(StorageError, match="cannot be created"):
+        storage.create(str(tmp_path / "file" / "below"), b"y")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
@@ -412,3 +484,15 @@ def test_rays_view_of_a_bucket_is_the_same_bucket(bucket: str):
     with view["storage_filesystem"].open_output_stream(f"{view['storage_path']}/x") as stream:
         stream.write(b"from Ray")
     assert storage.read_bytes(f"{uri}/x") == b"from Ray"
+
+
+@pytest.mark.s3
+@pytest.mark.faults
+def test_a_create_whose_answer_was_lost_knows_its_own(proxy: FaultProxy, bucket: str):
+    proxy.inject([])
+    assert storage.create(f"s3://{bucket}/first", b"mine")
+    before = [request.method for request in proxy.seen].index("PUT")
+    proxy.inject([*repeat(None, before), BUSY])
+    assert storage.create(f"s3://{bucket}/second", b"mine")
+    assert [r.method for r in proxy.seen if r.fault] == ["PUT"]
+    assert storage.read_bytes(f"s3://{bucket}/second") == b"mine"
