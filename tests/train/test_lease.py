@@ -259,11 +259,11 @@ def test_of_many_who_take_over_at_once_one_has_it(run_uri, monkeypatch):
         assert not storage.exists(place_of(run_uri))
 
 
-def test_one_who_writes_too_late_does_not_have_it_too(run_uri, monkeypatch, capfd):
+def test_one_who_writes_too_late_does_not_have_it_too(on_disk, monkeypatch, capfd):
     """It looks, is stopped, and writes over one who has taken the run over and begun."""
     monkeypatch.setattr(lease, "RENEW_S", 0.5)  # longer than SETTLE_S, as in earnest
     monkeypatch.setattr(lease, "EXPIRY_S", 2.0)
-    leave(run_uri)
+    leave(on_disk)
     write, looked, begun, lost = storage.write_bytes, threading.Event(), threading.Event(), []
     outcome = []
 
@@ -275,7 +275,7 @@ def test_one_who_writes_too_late_does_not_have_it_too(run_uri, monkeypatch, capf
 
     def slow():
         try:
-            with lease.held(run_uri, never):
+            with lease.held(on_disk, never):
                 outcome.append("alone" if lost else "beside another")
         except UsageError:
             outcome.append("refused")
@@ -284,30 +284,30 @@ def test_one_who_writes_too_late_does_not_have_it_too(run_uri, monkeypatch, capf
     thread = threading.Thread(target=slow, name="slow")
     thread.start()
     assert looked.wait(10)
-    with lease.held(run_uri, lost.append):
+    with lease.held(on_disk, lost.append):
         begun.set()
         thread.join()
         assert outcome == (["alone"] if lost else ["refused"])
     assert "was slow to write" in capfd.readouterr().err
 
 
-def test_a_driver_that_was_stopped_for_long_has_lost_the_run(run_uri):
-    with driver(run_uri, host="far") as process:
-        eventually(lambda: stored(run_uri).renewals)  # so it is not about to write
+def test_a_driver_that_was_stopped_for_long_has_lost_the_run(on_disk):
+    with driver(on_disk, host="far") as process:
+        eventually(lambda: stored(on_disk).renewals)  # so it is not about to write
         process.send_signal(signal.SIGSTOP)
         eventually(lambda: lease._stat(process.pid)[0] == "T")
-        with lease.held(run_uri, never):
-            mine = stored(run_uri)
+        with lease.held(on_disk, never):
+            mine = stored(on_disk)
             process.send_signal(signal.SIGCONT)
             words = process.stdout.readline()
             assert words == (
-                f"lost: {run_uri} has been taken over by "
+                f"lost: {on_disk} has been taken over by "
                 f"process {mine.pid} on {mine.host} since {mine.since}\n"
             )
             time.sleep(0.6)
             rest, _ = process.communicate("\n")
             assert rest == "ended\n"  # told once
-            assert stored(run_uri).token == mine.token
+            assert stored(on_disk).token == mine.token
 
 
 def test_a_loss_is_told_once_and_the_other_keeps_the_lease(run_uri):
