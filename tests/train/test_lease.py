@@ -48,7 +48,7 @@ def on_disk(tmp_path):
 def _short_times(monkeypatch):
     monkeypatch.setattr(lease, "RENEW_S", 0.1)
     monkeypatch.setattr(lease, "EXPIRY_S", 0.4)
-    monkeypatch.setattr(storage, "SETTLE_S", 0.2)
+    monkeypatch.setattr(storage, "SETTLE_S", 0.4)
 
 
 def place_of(run_uri):
@@ -126,7 +126,7 @@ def test_a_second_driver_of_this_process_is_refused(run_uri):
 
 
 def test_a_driver_refuses_others_until_it_is_killed(run_uri, capfd, monkeypatch):
-    monkeypatch.setattr(lease, "EXPIRY_S", 60.0)
+    monkeypatch.setattr(lease, "EXPIRY_S", 10.0)
     with driver(run_uri) as process:
         assert f"process {process.pid} on {socket.gethostname()} since 2" in refused(run_uri)
         process.kill()
@@ -134,7 +134,7 @@ def test_a_driver_refuses_others_until_it_is_killed(run_uri, capfd, monkeypatch)
         with lease.held(run_uri, never):
             assert stored(run_uri).pid != process.pid
     assert not storage.exists(place_of(run_uri))
-    assert "waiting" not in capfd.readouterr().err
+    assert "waiting up to" not in capfd.readouterr().err
 
 
 def test_a_driver_whose_pid_is_used_again_is_dead(on_disk):
@@ -150,7 +150,7 @@ def test_a_dead_driver_elsewhere_is_taken_over_once_watched(run_uri, capfd):
     with lease.held(run_uri, never):
         assert time.monotonic() - start >= lease.EXPIRY_S
         assert stored(run_uri).token != left.token
-    assert capfd.readouterr().err == (
+    assert capfd.readouterr().err.startswith(
         f"waiting up to 0.4 s for process {left.pid} on far since {left.since}, "
         f"who holds {run_uri}, to show life\n"
     )
@@ -240,7 +240,8 @@ def test_of_many_who_start_at_once_one_has_it(run_uri):
 
 
 def test_of_many_who_take_over_at_once_one_has_it(run_uri, monkeypatch):
-    monkeypatch.setattr(storage, "SETTLE_S", 0.5)
+    # of S3 on a busy machine a write may take long; one that is too late is another test
+    monkeypatch.setattr(storage, "SETTLE_S", 1.5 if storage.is_remote(run_uri) else 0.5)
     together, write, written = threading.Barrier(5), storage.write_bytes, []
 
     def write_with_others(uri, data):
@@ -261,7 +262,7 @@ def test_of_many_who_take_over_at_once_one_has_it(run_uri, monkeypatch):
 
 def test_one_who_writes_too_late_does_not_have_it_too(on_disk, monkeypatch, capfd):
     """It looks, is stopped, and writes over one who has taken the run over and begun."""
-    monkeypatch.setattr(lease, "RENEW_S", 0.5)  # longer than SETTLE_S, as in earnest
+    monkeypatch.setattr(lease, "RENEW_S", 0.6)  # longer than SETTLE_S, as in earnest
     monkeypatch.setattr(lease, "EXPIRY_S", 2.0)
     leave(on_disk)
     write, looked, begun, lost = storage.write_bytes, threading.Event(), threading.Event(), []
