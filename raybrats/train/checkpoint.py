@@ -86,10 +86,15 @@ class Snapshot:
     mlflow_run_id: str = ""
 
 
+def place(run_uri: str, step: int) -> str:
+    """Where the checkpoint of a step lies."""
+    return storage.join(run_uri, "checkpoints", f"step-{step:08d}")
+
+
 def write(run_uri: str, config: TrainConfig, snapshot: Snapshot) -> str:
     """Writes a checkpoint, the manifest last; returns its URI."""
     step = snapshot.step
-    uri = storage.join(run_uri, "checkpoints", f"step-{step:08d}")
+    uri = place(run_uri, step)
     buffer = io.BytesIO()
     torch.save(dict(snapshot.state), buffer)
     plain = {n: tensor.detach().cpu().contiguous() for n, tensor in snapshot.weights.items()}

@@ -272,7 +272,8 @@ def _exchange(network: nn.Module, last: bool) -> nullcontext:
 
 def _figures(learner: Learner, pace: Pace) -> dict[str, float]:
     """Loss of all ranks since the last time, the pace, and how the device does."""
-    loss = torch.stack(pace.losses).mean()
+    losses = torch.stack(pace.losses)
+    loss = losses[torch.isfinite(losses)].mean()  # not those of steps that were skipped
     pace.losses.clear()
     world = world_size()
     if world > 1:

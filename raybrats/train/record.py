@@ -1,6 +1,7 @@
 """What an attempt at a run leaves for the next one: run.json, beside the checkpoints."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -8,8 +9,14 @@ from typing import Any
 from raybrats.config import TrainConfig, digest, to_json
 from raybrats.data import storage
 from raybrats.data.cohort import Case
-from raybrats.errors import CheckpointError, MissingObjectError, UsageError
-from raybrats.registry import tracking
+from raybrats.errors import (
+    CheckpointError,
+    MissingObjectError,
+    RegistrationError,
+    TrackingError,
+    UsageError,
+)
+from raybrats.registry import metric_log, tracking
 from raybrats.registry.tracking import Run
 
 NAME = "run.json"
@@ -70,13 +77,52 @@ def open_tracking(
     cases: Sequence[Case],
     parent: Run | None = None,
 ) -> Run:
-    """The MLflow run of an earlier attempt, or a new one that later attempts will find."""
-    uri = tracking.tracking_uri(config)
-    if known is not None:
-        run = Run(uri, known["mlflow_run_id"])
-        tracking.resume(run)
-        return run
-    run = tracking.start(config, parent=parent)
+    """The MLflow run of an earlier attempt, or a new one that later attempts will find.
+
+    Where the server is away and not required, the run has no id, and its metrics wait.
+
+    Raises:
+        TrackingError: the server is out of reach, and `tracking.required`.
+    """
+    run = Run(tracking.tracking_uri(config), known["mlflow_run_id"] if known else "")
+    try:
+        if run.run_id:
+            tracking.resume(run)
+            return run
+        run = tracking.start(config, parent=parent)
+    except TrackingError as error:
+        if config.tracking.required:
+            raise
+        print(f"{error}; metrics wait in {metrics_uri(run_uri)}", file=sys.stderr)  # noqa: T201
+    _write(config, run_uri, run, cases)
+    return run
+
+
+def settle_tracking(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) -> Run:
+    """Sends what has waited, once the training is over; the run, which has an id now.
+
+    Raises:
+        RegistrationError: the server is still away: trained, but neither told nor registered.
+    """
+    try:
+        if not run.run_id:
+            run = tracking.start(config)
+            _write(config, run_uri, run, cases)
+        metric_log.replay(run, metrics_uri(run_uri))
+    except TrackingError as error:
+        raise RegistrationError(
+            f"{error}; the run is trained and kept in {run_uri}: the same command with "
+            f"--run.name {config.run.name} sends its metrics and registers it"
+        ) from error
+    return run
+
+
+def metrics_uri(run_uri: str) -> str:
+    """Where metrics wait for a server that is away."""
+    return storage.join(run_uri, "metrics.jsonl")
+
+
+def _write(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) -> None:
     left = {
         "mlflow_run_id": run.run_id,
         "digest": digest(config),
@@ -84,7 +130,6 @@ def open_tracking(
         "config": asdict(config),
     }
     storage.write_bytes(storage.join(run_uri, NAME), json.dumps(left, indent=1).encode())
-    return run
 
 
 def _cohort_digest(cases: Sequence[Case]) -> str:

@@ -1,12 +1,14 @@
 """Checkpoints written behind the training: one at a time, verified, and only then older ones go."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
 from raybrats.config import TrainConfig
+from raybrats.data import storage
 from raybrats.errors import CheckpointError, DivergedError, StorageError
 from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Snapshot
@@ -21,12 +23,19 @@ TRIES = 3
 class Saver:
     """Takes a copy of the learner and writes it while the training goes on."""
 
-    def __init__(self, run_uri: str, mlflow_run_id: str = "", resumed: str = "") -> None:
+    def __init__(
+        self,
+        run_uri: str,
+        mlflow_run_id: str = "",
+        resumed: str = "",
+        first: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Of a run that goes on from `resumed`; `first` is called before each is written."""
         self.rejected = 0
         """Checkpoints that did not read back as they were written."""
         self.saved = -1
         """Step of the newest one that verified."""
-        self._run_uri, self._mlflow_run_id = run_uri, mlflow_run_id
+        self._run_uri, self._mlflow_run_id, self._before = run_uri, mlflow_run_id, first
         self._verified = [resumed] if resumed else []
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -74,6 +83,7 @@ class Saver:
                     f"{name} is not finite at step {snapshot.step}, so it was not saved; "
                     f"{self._run_uri} goes on from the checkpoint before with a lower optim.lr"
                 )
+        self._before()
         while not self._written(config, snapshot) and snapshot.finished:
             continue
 
@@ -86,9 +96,13 @@ class Saver:
             self._failed += 1
             self._step = -1
             _LOG.warning("checkpoint of step %d: %s", snapshot.step, error)
+            uri = checkpoint.place(self._run_uri, snapshot.step)
             if isinstance(error, CheckpointError):
                 self.rejected += 1
                 checkpoint.put_aside(uri)
+            elif not storage.is_remote(uri):  # room on a disk that may be full
+                with suppress(StorageError):
+                    storage.delete(uri)
             if self._failed >= TRIES:
                 raise
             return False

@@ -17,7 +17,6 @@ from ray.train.v2._internal.execution.context import get_train_context
 from torch.nn.parallel import DistributedDataParallel
 
 from raybrats.config import TrainConfig, digest
-from raybrats.data import storage
 from raybrats.data.cache import Tally, prepared
 from raybrats.data.case import Case
 from raybrats.data.plan import Plan
@@ -25,7 +24,7 @@ from raybrats.data.prepare import Prepared
 from raybrats.data.stream import Share, Stream
 from raybrats.errors import CheckpointError, DivergedError, RaybratsError
 from raybrats.registry.metric_log import MetricLog
-from raybrats.train import checkpoint, gauges, loop
+from raybrats.train import checkpoint, gauges, loop, record
 from raybrats.train.job import Job
 from raybrats.train.learner import Learner, new_learner
 from raybrats.train.loop import Hooks
@@ -72,9 +71,10 @@ class _Worker:
         self._first = share.rank == 0
         self._extra: dict[str, Any] = {"rejected": found.get("rejected", 0)}
         if self._first:
-            spool_uri = storage.join(job.run_uri, "metrics.jsonl")
-            self._log = MetricLog(job.tracking, spool_uri)
-            self._saver = Saver(job.run_uri, job.tracking.run_id, found.get("uri", ""))
+            self._log = MetricLog(job.tracking, record.metrics_uri(job.run_uri))
+            # What a checkpoint has behind it is not trained again, so its metrics are safe first.
+            resumed, settle = found.get("uri", ""), self._log.settle
+            self._saver = Saver(job.run_uri, job.tracking.run_id, resumed, first=settle)
             self._wish = _Wish(job)
             self._gauges = gauges.Gauges(job.config.run.name, self._extra["rejected"])
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,32 @@ def _hooks(
             os.kill(os.getpid(), signal.SIGKILL)
 
     return Hooks(lambda: loop.gathered(loop.validate(learner, cases[:1][rank:])), tell, save, heed)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint of a run."""
+    found = checkpoint.newest(str(folder))
+    assert found is not None, "the run has a checkpoint"
+    return found.weights
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Of each step, the last time that it was done."""
+    lines = (line.split() for line in (folder / "losses-0").read_text().splitlines())
+    return {int(step): float(loss) for step, loss in lines}
+
+
+def draws(folder: Path, world: int, stop: int) -> list[list[int]]:
+    """The draws of each step over all ranks, in order, as the surviving weights have seen them."""
+    done: dict[int, dict[int, list[int]]] = {}
+    for rank in range(world):
+        for line in (folder / f"history-{rank}").read_text().splitlines():
+            step, *seen = map(int, line.split())
+            done.setdefault(step, {})[rank] = seen
+    return [sorted(chain.from_iterable(done[step].values())) for step in range(stop)]
+
+
+def steps(config: TrainConfig, count: int) -> tuple[Learner, list[float]]:
+    """A learner after so many steps in this process, and their losses."""
+    learner, given = new_learner(config, CPU), batches(config, CASES, (0, 1, 0))
+    return learner, [float(loop.train_step(learner, next(given))) for _ in range(count)]

@@ -1,0 +1,297 @@
+"""F7, F8, F10 and F11: checkpoints damaged, cut in their upload, or without room on the disk."""
+
+import io
+import random
+import resource
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fault_proxy import FaultProxy, fault_proxy, refusal
+from ranks import CASES, CONFIG, CPU, batches, steps, together
+from s3fs import S3FileSystem
+from services import S3
+
+from raybrats.data import storage
+from raybrats.errors import CheckpointError, DivergedError, StorageError
+from raybrats.train import checkpoint, loop
+from raybrats.train.checkpoint import Snapshot
+from raybrats.train.learner import new_learner
+from raybrats.train.saver import TRIES, Saver
+
+pytestmark = pytest.mark.faults
+NUM_FLIPS = 200
+
+
+@pytest.fixture(scope="module")
+def learner():
+    return steps(CONFIG, 2)[0]
+
+
+def save(run_uri, learner, step, **facts):
+    snapshot = Snapshot(step, learner.weights(), learner.state(), **facts)
+    return checkpoint.write(run_uri, learner.config, snapshot)
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_caught(tmp_path, learner):
+    """F7: 200 of 200, over all its files; a plain torch.load takes nearly all of them."""
+    uri, dice, caught, taken = save(str(tmp_path), learner, 2), random.Random(4), 0, 0
+    names = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.CONFIG, checkpoint.MANIFEST)
+    whole = {name: storage.read_bytes(storage.join(uri, name)) for name in names}
+    for _ in range(NUM_FLIPS):
+        name = dice.choices(names, [len(whole[n]) for n in names])[0]
+        data, place = bytearray(whole[name]), dice.randrange(len(whole[name]))
+        data[place] ^= 1 << dice.randrange(8)
+        storage.write_bytes(storage.join(uri, name), bytes(data))
+        try:
+            checkpoint.read(uri)
+        except CheckpointError:
+            caught += 1
+        storage.write_bytes(storage.join(uri, name), whole[name])
+        taken += _torch_takes(whole[checkpoint.STATE], dice)
+    assert caught == NUM_FLIPS
+    assert taken > NUM_FLIPS / 2, "the peer is the reason for a manifest"
+    assert checkpoint.read(uri).step == 2
+
+
+def _torch_takes(data, dice):
+    """Whether plain torch.load notices nothing of a flipped bit."""
+    flipped = bytearray(data)
+    flipped[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+    try:
+        torch.load(io.BytesIO(bytes(flipped)), weights_only=True)
+    except Exception:
+        return False
+    return True
+
+
+def test_files_that_do_not_belong_to_it_change_nothing(tmp_path, learner):
+    uri = save(str(tmp_path), learner, 2)
+    storage.write_bytes(storage.join(uri, "rank-1.pt"), b"left by another attempt")
+    assert checkpoint.newest(str(tmp_path)).uri == uri
+
+
+def test_a_run_goes_on_from_the_one_before_a_damaged_one(tmp_path, learner):
+    """F7: the steps since are done again, and end with the same weights."""
+    whole, _ = steps(CONFIG, 4)
+    save(str(tmp_path), learner, 2)
+    bad = save(str(tmp_path), steps(CONFIG, 3)[0], 3)
+    place = storage.join(bad, checkpoint.STATE)
+    storage.write_bytes(place, storage.read_bytes(place)[:-1])
+    found = checkpoint.newest(str(tmp_path))
+    assert (found.step, len(found.rejected)) == (2, 1), "it was damaged"
+    second = new_learner(CONFIG, CPU)
+    second.restore(found.weights, found.state, found.step)
+    for batch in list(batches(CONFIG, CASES, (0, 1, 2)))[:2]:
+        loop.train_step(second, batch)
+    assert all(torch.equal(t, whole.weights()[n]) for n, t in second.weights().items())
+
+
+def test_a_checkpoint_that_does_not_read_back_is_put_aside_and_nothing_older_goes(
+    tmp_path, learner, monkeypatch
+):
+    """F7, at the time of writing: a disk that keeps other bytes than it was given."""
+    saver, fired = Saver(str(tmp_path)), []
+    write = storage.write_bytes
+
+    def lossy(uri, data):
+        if learner.step == 3 and uri.endswith(checkpoint.WEIGHTS):
+            fired.append(uri)
+            data = data[:-8] + b"\0" * 8
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", lossy)
+    for step in (1, 2, 3, 4):
+        learner.step = step
+        saver.save(learner, {})
+        saver.wait()
+    assert (len(fired), saver.rejected, saver.saved) == (1, 1, 4)
+    assert [w.step for w in checkpoint.written(str(tmp_path))] == [2, 4]
+    assert (tmp_path / "checkpoints" / "quarantine" / "step-00000003").is_dir()
+
+
+def test_one_is_in_flight_at_most_and_the_training_does_not_wait_for_it(tmp_path, monkeypatch):
+    at_work, most, write = [], [], checkpoint.write
+
+    def slow(*arguments):
+        at_work.append(1)
+        most.append(len(at_work))
+        time.sleep(0.5)
+        uri = write(*arguments)
+        at_work.pop()
+        return uri
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    learner, saver = steps(CONFIG, 1)[0], Saver(str(tmp_path))
+    began = time.monotonic()
+    saver.save(learner, {})
+    assert time.monotonic() - began < 0.4, "it returns before the half second is over"
+    before = {n: t.clone() for n, t in learner.weights().items()}
+    loop.train_step(learner, next(batches(CONFIG, CASES, (0, 1, 1))))
+    saver.save(learner, {})
+    saver.close()
+    assert most == [1, 1]
+    (first, second) = checkpoint.written(str(tmp_path))
+    saved = checkpoint.read(first.uri).weights
+    assert all(torch.equal(saved[n], t) for n, t in before.items()), "a copy of its own step"
+    assert second.step == 2
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """F19."""
+    learner, saver = steps(CONFIG, 1)[0], Saver(str(tmp_path))
+    with torch.no_grad():
+        next(iter(learner.bare.parameters()))[0] = torch.inf
+    saver.save(learner, {})
+    with pytest.raises(DivergedError, match="not finite at step 1"):
+        saver.wait()
+    assert checkpoint.written(str(tmp_path)) == []
+
+
+def limited(_: int, __: int, ___: list, run_uri: str, answers: Path) -> None:
+    """Saves thrice while files may have 20,000 bytes only, then once more when they may grow."""
+    learner, saver = new_learner(CONFIG, CPU), Saver(run_uri)
+    saver.save(learner, {})
+    saver.wait()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+    said = []
+    for learner.step in range(1, TRIES + 1):
+        try:
+            saver.save(learner, {})
+            saver.wait()
+            said.append("")
+        except StorageError as error:
+            said.append(str(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    learner.step = TRIES + 1
+    saver.save(learner, {}, finished=True)
+    answers.write_text("\n".join([*said, str(saver.saved)]))
+
+
+def test_a_full_disk_keeps_the_old_one_and_ends_the_run_after_three(tmp_path):
+    """F11, by a limit on files."""
+    assert together(1, limited, str(tmp_path / "run"), tmp_path / "said") == [0]
+    *said, saved = (tmp_path / "said").read_text().splitlines()
+    assert said[: TRIES - 1] == [""] * (TRIES - 1), "the next one tries again"
+    assert "cannot be written: File too large" in said[-1], "the fault fired"
+    assert saved == str(TRIES + 1)
+    assert [w.step for w in checkpoint.written(str(tmp_path / "run"))] == [0, TRIES + 1]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no right to mount a disk: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], capture_output=True, check=False)
+
+
+def test_a_disk_that_is_full_says_so_and_goes_on_when_there_is_room(small_disk, learner):
+    """F11, on a disk of its own."""
+    run_uri, filling = str(small_disk / "run"), small_disk / "filling"
+    saver = Saver(run_uri)
+    learner.step = 1
+    saver.save(learner, {})
+    saver.wait()
+    filling.write_bytes(b"\0" * _free_bytes(small_disk))
+    learner.step = 2
+    saver.save(learner, {})
+    saver.wait()
+    assert saver.saved == 1, "the disk was full"
+    assert not (small_disk / "run" / "checkpoints" / "step-00000002").exists(), "nor half of it"
+    assert checkpoint.newest(run_uri).step == 1
+    learner.step = 3
+    with pytest.raises(StorageError, match="No space left on device"):
+        saver.save(learner, {}, finished=True)
+    filling.unlink()
+    saver.save(learner, {}, finished=True)
+    assert checkpoint.newest(run_uri).step == 3
+
+
+def _free_bytes(disk: Path) -> int:
+    line = subprocess.run(["df", "-B1", "--output=avail", disk], capture_output=True, check=True)
+    return int(line.stdout.split()[-1])
+
+
+@pytest.fixture
+def flaky(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with fault_proxy(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        S3FileSystem.clear_instance_cache()
+        yield proxy
+    S3FileSystem.clear_instance_cache()
+
+
+def second_put(proxy: FaultProxy, times: int) -> Callable[[], int]:
+    """Refuses the PUT of the second file so often; how often it did."""
+    left, fired = [times], []
+    real = proxy.note
+
+    def note(method: str, path: str, num_bytes: int, at: float):
+        fault = real(method, path, num_bytes, at)
+        if method == "PUT" and path.endswith(checkpoint.STATE) and left[0]:
+            left[0] -= 1
+            fired.append(path)
+            return refusal(500, "InternalError")
+        return fault
+
+    proxy.note = note
+    return lambda: len(fired)
+
+
+@pytest.mark.s3
+def test_an_upload_whose_second_file_is_refused_once_is_tried_again(flaky, bucket, learner):
+    """F10."""
+    fired, learner.step = second_put(flaky, 1), 5
+    saver = Saver(f"s3://{bucket}/run")
+    saver.save(learner, {}, finished=True)
+    assert (fired(), saver.saved) == (1, 5)
+    assert checkpoint.newest(f"s3://{bucket}/run").step == 5
+
+
+@pytest.mark.s3
+def test_an_upload_that_is_cut_is_never_listed_and_goes_with_the_next_prune(
+    flaky, bucket, learner, monkeypatch
+):
+    """F10."""
+    monkeypatch.setattr(storage, "DEADLINE_S", 2.0)
+    run_uri = f"s3://{bucket}/run"
+    saver, fired = Saver(run_uri), second_put(flaky, 0)
+    for learner.step in (1, 2):
+        saver.save(learner, {})
+        saver.wait()
+    fired = second_put(flaky, 100)
+    learner.step = 3
+    saver.save(learner, {})
+    saver.wait()
+    assert fired() >= 2, "it was tried again"
+    assert saver.saved == 2
+    assert [w.step for w in checkpoint.written(run_uri)] == [1, 2]
+    assert checkpoint.newest(run_uri).step == 2
+    orphan = storage.join(run_uri, "checkpoints", "step-00000003")
+    assert storage.exists(orphan)
+    flaky.note = type(flaky).note.__get__(flaky)
+    for learner.step in (4, 5):
+        saver.save(learner, {})
+        saver.wait()
+    assert not storage.exists(orphan)
+    assert [w.step for w in checkpoint.written(run_uri)] == [4, 5]
+
+
+def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(tmp_path, learner):
+    """F8."""
+    for step in (1, 2):
+        place = storage.join(save(str(tmp_path), learner, step), checkpoint.WEIGHTS)
+        storage.write_bytes(place, b"")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no checkpoint .* verifies.*quarantine") as said:
+            checkpoint.newest(str(tmp_path))
+        assert said.value.exit_code == 3

@@ -1,0 +1,115 @@
+"""A network that learns: schedules, averages, precision, layout, and states that are refused."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import CASES, CONFIG, CPU, batches, steps
+
+from raybrats.config import OptimConfig, override, override_all
+from raybrats.errors import UsageError
+from raybrats.model.network import weights_of
+from raybrats.train import loop
+from raybrats.train.learner import learning_rate, new_learner
+
+
+@given(
+    schedule=st.sampled_from(["poly", "cosine"]),
+    warmup=st.integers(0, 20),
+    rest=st.integers(2, 100),
+)
+def test_the_rate_rises_over_the_warmup_and_then_falls_to_nothing(schedule, warmup, rest):
+    optim = OptimConfig(lr=0.1, schedule=schedule, warmup_steps=warmup, steps=warmup + rest)
+    rates = [learning_rate(optim, step) for step in range(optim.steps + 1)]
+    assert max(rates) == pytest.approx(0.1)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert rates[-1] == pytest.approx(0)
+    assert all(rate > 0 for rate in rates[:-1])
+
+
+def test_a_warmup_as_long_as_the_run_is_refused():
+    with pytest.raises(UsageError, match=r"optim\.warmup_steps"):
+        OptimConfig(steps=10, warmup_steps=10)
+
+
+def test_averages_follow_the_weights_and_are_what_is_judged():
+    config = override(CONFIG, "optim.ema_decay", 0.75)
+    learner, given_batches = new_learner(config, CPU), batches(config, CASES, (0, 1, 0))
+    expected = None
+    for _ in range(4):
+        loop.train_step(learner, next(given_batches))
+        now = {name: tensor.clone() for name, tensor in weights_of(learner.bare).items()}
+        expected = expected or now
+        expected = {n: 0.75 * expected[n] + 0.25 * now[n] for n in now}
+    judged = learner.weights()
+    assert judged.keys() == expected.keys()
+    for name, tensor in judged.items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert any(not torch.equal(judged[n], t) for n, t in weights_of(learner.bare).items())
+    plain, _ = steps(CONFIG, 4)
+    assert all(torch.equal(t, weights_of(learner.bare)[n]) for n, t in plain.weights().items())
+
+
+def test_half_precision_scales_the_loss_and_learns():
+    learner, losses = steps(override(CONFIG, "optim.precision", "fp16"), 12)
+    assert learner.scaler.is_enabled()
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+    assert all(torch.isfinite(t).all() for t in learner.weights().values())
+    assert losses[-1] < losses[0]
+    assert learner.state()["scaler"]["scale"] > 0
+
+
+def test_channels_last_is_the_same_network():
+    plain, expected = steps(CONFIG, 3)
+    learner, losses = steps(override(CONFIG, "cluster.channels_last", True), 3)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    kernel = next(t for t in learner.bare.parameters() if t.ndim == 5 and t.shape[1] > 1)
+    assert kernel.is_contiguous(memory_format=torch.channels_last_3d)
+    kernels = next(t for t in plain.bare.parameters() if t.ndim == 5 and t.shape[1] > 1)
+    assert not kernels.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_a_compiler_that_fails_is_a_warning(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
+    torch._dynamo.reset()
+    config = override(CONFIG, "cluster.compile", True)
+    with pytest.warns(UserWarning, match="compile failed.*goes on without it"):
+        learner = new_learner(config, CPU)
+    assert learner.network is learner.bare
+    assert all(p.grad is None for p in learner.bare.parameters())
+    expected = steps(CONFIG, 2)[1]
+    given_batches = batches(config, CASES, (0, 1, 0))
+    assert [float(loop.train_step(learner, next(given_batches))) for _ in range(2)] == expected
+
+
+def test_early_stopping_counts_validations_without_a_better_one():
+    learner = new_learner(CONFIG, CPU)
+    for mean, stale in ((0.3, 0), (0.2, 1), (0.3, 2), (0.31, 0), (0.1, 1)):
+        loop._judge(learner, [[mean, mean, mean]])
+        assert learner.stale == stale
+    again = new_learner(CONFIG, CPU)
+    again.restore(learner.weights(), learner.state(), 5)
+    assert (again.best, again.stale) == (pytest.approx(0.31), 1)
+
+
+def test_a_run_without_progress_ends_early_and_its_best_is_kept():
+    config = override_all(CONFIG, {"validation.every_steps": 2, "validation.patience": 2})
+    learner = new_learner(config, CPU)
+    found, saved = iter([0.2, 0.5, 0.4, 0.3, 0.9]), []
+    hooks = loop.Hooks(
+        validate=lambda: [[next(found)] * 3],
+        tell=lambda _: None,
+        save=lambda metrics, finished: saved.append((learner.step, bool(metrics), finished)),
+        heed=lambda: None,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = loop.run(learner, batches(config, CASES, (0, 1, 0)), hooks)
+    assert metrics["mean"] == pytest.approx(0.3)
+    assert saved == [(2, True, False), (4, True, False), (6, True, False), (8, True, True)]
