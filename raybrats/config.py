@@ -369,6 +369,9 @@ class TrackingConfig(Section):
 
     uri: str = ""
     """MLflow server; empty: MLFLOW_TRACKING_URI, else SQLite beside local runs."""
+    required: bool = True
+    """Whether training stops at the start when the server is out of reach; else metrics wait in the
+    run's folder."""
     experiment: str = "raybrats"
     model: str = "raybrats"
     """Registered model; empty registers nothing."""

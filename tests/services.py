@@ -232,7 +232,7 @@ def mlflow_server(folder: Path, s3: S3, bucket: str) -> Iterator[str]:
         if POSTGRES and find_spec("psycopg"):
             store = servers.enter_context(postgres(folder))
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port]
-        command += ["--allowed-hosts", f"127.0.0.1:{port}", "--workers", "1"]
+        command += ["--allowed-hosts", "127.0.0.1:*", "--workers", "1"]
         command += ["--backend-store-uri", store, f"--artifacts-destination=s3://{bucket}/mlflow"]
         ready = lambda: http_status(port, "/health") == 200  # noqa: E731
         servers.enter_context(running(command, folder / "mlflow.log", ready, env=environment))

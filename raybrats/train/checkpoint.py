@@ -185,9 +185,9 @@ def read(uri: str) -> Checkpoint:
 
 def put_aside(uri: str) -> str:
     """Moves a bad checkpoint out of the way, where it is kept; returns its new place."""
-    place = _quarantine(uri)
-    storage.rename(uri, place)
-    return place
+    target = _quarantine(uri)
+    storage.rename(uri, target)
+    return target
 
 
 def prune(run_uri: str, verified: Sequence[str]) -> None:
@@ -240,6 +240,6 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 def _quarantine(uri: str) -> str:
     """A free place for a bad checkpoint; an earlier one of the same step stays where it is."""
     folder, _, name = uri.rpartition("/")
-    place = storage.join(folder, "quarantine", name)
-    places = (f"{place}.{n}" if n > 1 else place for n in count(1))
+    target = storage.join(folder, "quarantine", name)
+    places = (f"{target}.{n}" if n > 1 else target for n in count(1))
     return next(free for free in places if not storage.exists(free))

@@ -1,6 +1,8 @@
-"""One MLflow run: parameters without secrets, metrics that all arrive, parents and children."""
+"""One MLflow run: parameters without secrets, curves, parents and children, servers in trouble."""
 
 import json
+import socket
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
-from services import free_ports
+from mlflow.entities import Metric
 
 from raybrats.config import (
     DataConfig,
@@ -21,7 +23,7 @@ from raybrats.config import (
 )
 from raybrats.errors import TrackingError, UsageError
 from raybrats.registry import tracking
-from raybrats.registry.tracking import MetricLog, Run
+from raybrats.registry.tracking import Run
 
 
 @pytest.fixture(scope="module", params=["sqlite", pytest.param("server", marks=pytest.mark.mlflow)])
@@ -64,26 +66,12 @@ def test_a_run_below_a_parent(config):
     assert tags["mlflow.parentRunId"] == parent.run_id
 
 
-def test_every_metric_arrives(config):
+def test_of_a_step_that_stands_twice_the_later_value_counts(config):
     run = tracking.start(config)
-    log = MetricLog(run)
-    for step in range(1, 31):
-        log.log({"train/loss": 1 / step, "train/lr": 0.1}, step)
-    log.close()
-    assert log.failed == ""
-    curves = tracking.curves(run)
-    assert set(curves) == {"train/loss", "train/lr"}
-    assert curves["train/loss"].steps == tuple(range(1, 31))
-    assert curves["train/loss"].values == pytest.approx([1 / step for step in range(1, 31)])
-
-
-def test_of_a_step_logged_twice_the_later_value_counts(config):
-    run = tracking.start(config)
-    for value in (0.1, 0.2):
-        log = MetricLog(run)
-        log.log({"dice": value}, 2)
-        log.log({"dice": 1 - value}, 1)
-        log.close()
+    rows = [Metric("dice", value, at_ms, 2) for at_ms, value in ((1, 0.1), (2, 0.2))]
+    MlflowClient(config.tracking.uri).log_batch(
+        run.run_id, [*reversed(rows), Metric("dice", 0.8, 1, 1)]
+    )
     curve = tracking.curves(run)["dice"]
     assert curve.steps == (1, 2)
     assert curve.values == pytest.approx((0.8, 0.2))
@@ -103,18 +91,21 @@ def test_an_unknown_run_is_an_error_in_one_line(config):
         assert "\n" not in str(refusal.value)
 
 
-def test_metrics_that_cannot_be_sent_stop_nothing(config):
-    log = MetricLog(Run(config.tracking.uri, "0" * 32))
-    log.log({"loss": 1.0}, 1)
-    log.close()
-    assert log.failed
-
-
-def test_a_dead_server_is_an_error_in_one_line_without_its_password(monkeypatch):
-    uri = f"http://user:hush@127.0.0.1:{free_ports(1)[0]}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(TrackingError, match=r"127\.0\.0\.1") as refusal:
-        tracking.start(TrainConfig())
+@pytest.mark.faults
+@pytest.mark.parametrize("accepts", [False, True], ids=["dead", "mute"])
+def test_a_server_out_of_reach_is_soon_an_error_in_one_line_without_its_password(
+    accepts, monkeypatch
+):
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        if accepts:
+            mute.listen()
+        uri = f"http://user:hush@127.0.0.1:{mute.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        began = time.monotonic()
+        with pytest.raises(TrackingError, match=r"127\.0\.0\.1.*tracking\.uri") as refusal:
+            tracking.start(TrainConfig())
+        assert time.monotonic() - began < 15
     assert "\n" not in str(refusal.value)
     assert "hush" not in str(refusal.value)
 
