@@ -94,8 +94,11 @@ def watched(
         on_stall: called from another thread.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
 
-    board = ray.remote(num_cpus=0)(_Board).remote()
+    # beside the driver, whose end is the run's: another node may be taken away
+    here = Affinity(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
     ended = threading.Event()
 
     def follow(display: Display) -> None:

@@ -197,3 +197,63 @@ def _ask(
     if method != "HEAD" and response.headers.get("Content-Length") is None:
         kept = (*kept, ("Content-Length", str(len(read))))
     return Answer(response.status, kept, read)
+
+
+class Line:
+    """A line to a server that can be cut, or fall silent; it counts whom it has failed."""
+
+    def __init__(self, uri: str) -> None:
+        self._server, self._open = ("127.0.0.1", urlsplit(uri).port), []
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.state, self.failed = "up", 0
+
+    def become(self, state: str) -> None:
+        """From now on it is up, cut or mute; who speaks through it now is cut off."""
+        self.state = state
+        while self._open:
+            with suppress(OSError):
+                self._open.pop().shutdown(socket.SHUT_RDWR)
+
+    def serve(self) -> None:
+        """Takes callers until the end."""
+        with suppress(OSError):
+            while True:
+                caller, _ = self._listener.accept()
+                self.failed += self.state != "up"
+                if self.state == "cut":
+                    caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    caller.close()
+                    continue
+                self._open.append(caller)
+                if self.state == "up":
+                    self._open.append(socket.create_connection(self._server))
+                    ends = self._open[-2:]
+                    for pair in (ends, ends[::-1]):
+                        threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Nobody is answered any more."""
+        self.become("cut")
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@contextmanager
+def line_to(uri: str) -> Iterator[Line]:
+    """A line on loopback to the server at a URI."""
+    line = Line(uri)
+    thread = threading.Thread(target=line.serve, daemon=True)
+    thread.start()
+    try:
+        yield line
+    finally:
+        line.end()
+        thread.join()

@@ -59,8 +59,11 @@ def running(
     stop: signal.Signals = signal.SIGTERM,
     patience_s: float = 10,
     **popen: Any,
-) -> Iterator[None]:
-    """A process that leads a session, up once it is `ready`; the whole session ends at exit."""
+) -> Iterator[int]:
+    """A process that leads a session, up once it is `ready`; the whole session ends at exit.
+
+    Yields its pid, which is also the number of the session.
+    """
     popen |= {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
     with log.open("ab") as out:
         process = subprocess.Popen([str(word) for word in command], stdout=out, **popen)
@@ -71,16 +74,21 @@ def running(
                 tail = log.read_text(errors="replace")[-3000:]
                 raise RuntimeError(f"not up, exit code {process.poll()}; end of {log}:\n{tail}")
             time.sleep(0.1)
-        yield
+        yield process.pid
     finally:
         process.send_signal(stop)
         with suppress(subprocess.TimeoutExpired):
             process.wait(patience_s)
-        for stat in Path("/proc").glob("[0-9]*/stat"):  # Ray's workers leave the process group
-            with suppress(OSError):
-                if int(stat.read_text().rpartition(")")[2].split()[3]) == process.pid:
-                    os.kill(int(stat.parent.name), signal.SIGKILL)
+        kill_session(process.pid)
         process.wait()
+
+
+def kill_session(session: int) -> None:
+    """SIGKILL to every process of a session: Ray's workers leave the process group, not this."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -246,6 +254,7 @@ class RayHead:
     address: str  # host:port, for ray.init
     api_url: str  # http://host:port, of the dashboard and the jobs
     environment: dict[str, str]  # what a client process must set before it connects
+    of_workers: dict[str, str]  # what its workers and jobs find besides
 
     def token(self) -> str:
         return Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
@@ -271,7 +280,7 @@ def ray_head(
     address, api_url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
     client_side = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     client_side |= {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": api_url}
-    head = RayHead(address, api_url, client_side)
+    head = RayHead(address, api_url, client_side, dict(environment))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a job's `python` is this one
     variables = {**os.environ, "PATH": path, **environment, **head.environment}
     # unix sockets lie below the temporary folder: its path must be short; worker port 0: any
@@ -327,3 +336,37 @@ def json_document(logs: str) -> dict[str, Any]:
     if found is None:
         raise ValueError(f"no JSON document in the logs:\n{logs[-3000:]}")
     return found
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """A node beside the head's, on this machine: a raylet and its workers."""
+
+    node_id: str
+    session: int
+
+    def kill(self) -> None:
+        """Ends it as a machine ends that loses its power: at once, with all its processes."""
+        kill_session(self.session)
+
+
+@contextmanager
+def ray_node(head: RayHead, folder: Path, num_cpus: int) -> Iterator[RayNode]:
+    """Joins a node to the head's cluster; this process is connected to it."""
+    import ray
+
+    before = {node["NodeID"] for node in ray.nodes()}
+    agent, agent_grpc = free_ports(2)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {**os.environ, "PATH": path, **head.of_workers, **head.environment}
+    options = f"""--block --address={head.address} --num-cpus={num_cpus} --disable-usage-stats
+        --dashboard-agent-listen-port={agent} --dashboard-agent-grpc-port={agent_grpc}
+        --min-worker-port=0 --max-worker-port=0 --object-store-memory={150 * 2**20}"""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options.split()]
+
+    def joined() -> list[str]:
+        return [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in before]
+
+    log = folder / "ray_node.log"
+    with running(command, log, lambda: bool(joined()), env=variables) as session:
+        yield RayNode(joined()[0], session)

@@ -3,17 +3,12 @@
 import json
 import math
 import signal
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager, suppress
-from urllib.parse import urlsplit
 
 import pytest
-from fault_proxy import fault_proxy
+from fault_proxy import fault_proxy, line_to
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
@@ -54,62 +49,6 @@ def spool_uri(tmp_path):
 def served(mlflow_uri, tmp_path):
     """A run at the server."""
     return new_run(tmp_path, mlflow_uri)
-
-
-class Line:
-    """A line to a server that can be cut, or fall silent; it counts whom it has failed."""
-
-    def __init__(self, uri):
-        self._server, self._open = ("127.0.0.1", urlsplit(uri).port), []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.state, self.failed = "up", 0
-
-    def become(self, state):
-        self.state = state
-        while self._open:
-            with suppress(OSError):
-                self._open.pop().shutdown(socket.SHUT_RDWR)
-
-    def serve(self):
-        with suppress(OSError):
-            while True:
-                caller, _ = self._listener.accept()
-                self.failed += self.state != "up"
-                if self.state == "cut":
-                    caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    caller.close()
-                    continue
-                self._open.append(caller)
-                if self.state == "up":
-                    self._open.append(socket.create_connection(self._server))
-                    ends = self._open[-2:]
-                    for pair in (ends, ends[::-1]):
-                        threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
-
-    def _pass_on(self, source, target):
-        with suppress(OSError):
-            while data := source.recv(65536):
-                target.sendall(data)
-        with suppress(OSError):
-            target.shutdown(socket.SHUT_RDWR)
-
-    def end(self):
-        self.become("cut")
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
-@contextmanager
-def line_to(uri):
-    line = Line(uri)
-    thread = threading.Thread(target=line.serve, daemon=True)
-    thread.start()
-    try:
-        yield line
-    finally:
-        line.end()
-        thread.join()
 
 
 @pytest.fixture

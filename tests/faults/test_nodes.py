@@ -1,0 +1,109 @@
+"""F2, F3 and F4: nodes that vanish, and nodes that say so before."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from faulty import Story
+from services import RayHead, RayNode, ray_node
+
+from raybrats.config import TrainConfig, override_all
+from raybrats.train import checkpoint, launch
+from raybrats.train.run import Result, train
+
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
+NOTICE_S = 8
+
+
+@pytest.fixture
+def spread(
+    base: TrainConfig, ray_cluster: RayHead, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[TrainConfig, RayNode, Story]]:
+    """An elastic run with a worker on the head's node and one on another, which has no room for
+    both; it goes on until it is told to end."""
+    story = Story(tmp_path / "story", step_s=0.2)
+    monkeypatch.setattr(launch, "work", story.worker())
+    # else Ray tries in vain for a minute to start two workers, as the coordinator remembers them
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+    changes = {
+        "cluster.min_workers": 1,
+        "cluster.cpus_per_worker": 3.0,
+        "cluster.max_failures": 1,
+        "optim.steps": 150,
+        "validation.every_steps": 150,
+        "run.save_every_steps": 1000,
+    }
+    with ray_node(ray_cluster, tmp_path, num_cpus=3) as node:
+        yield override_all(base, changes), node, story
+
+
+def when(story: Story, step: int, action: Callable[[], object]) -> threading.Thread:
+    """Does something once rank 0 has done so many steps."""
+
+    def wait() -> None:
+        until = time.monotonic() + 240
+        while time.monotonic() < until:
+            if (story.folder / "steps").exists() and max(story.steps(), default=0) >= step:
+                action()
+                return
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def outcome(story: Story, result: Result) -> list[tuple[int, int, float]]:
+    attempts = story.attempts()
+    redone = len(story.steps()) - len(set(story.steps()))
+    print(f"attempts {attempts}, {redone} steps done again, restarts {result.restarts}")
+    return attempts
+
+
+def test_a_node_that_vanishes_costs_the_steps_since_the_last_checkpoint(spread):
+    """F2: its raylet and workers die at once; the run goes on with the worker that is left."""
+    config, node, story = spread
+    changes = {"run.name": "vanished", "run.save_every_steps": 10}
+    killed = []
+    thread = when(story, 25, lambda: (node.kill(), killed.append(time.time())))
+    result = train(override_all(config, changes))
+    thread.join()
+    (first, *_, last) = outcome(story, result)
+    print(f"{last[2] - killed[0]:.0f} s from the loss to the next step")
+    assert len(killed) == 1, "the node was lost"
+    assert (first[0], last[0], result.steps) == (2, 1, 150)
+    assert last[1] % 10 == 1, "from a checkpoint"
+    assert last[1] > 10
+    assert result.restarts == 1
+
+
+def test_a_notice_makes_a_checkpoint_and_nothing_before_it_is_lost(spread, ray_cluster):
+    """F3: `ray drain-node`, then the node is taken away; F4: the other half of it is rank 0's."""
+    config, node, story = spread
+    drained = []
+
+    def drain() -> None:
+        reason = "DRAIN_NODE_REASON_PREEMPTION"
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+        command += ["--address", ray_cluster.address, "--node-id", node.node_id]
+        command += ["--reason", reason, "--reason-message", "spot"]
+        command += ["--deadline-remaining-seconds", str(NOTICE_S)]
+        drained.append((max(story.steps()), time.time()))
+        subprocess.run(command, check=True, capture_output=True)
+        time.sleep(NOTICE_S)
+        node.kill()
+
+    thread = when(story, 20, drain)
+    changes = {"run.name": "noticed", "cluster.max_failures": 0}
+    result = train(override_all(config, changes))
+    thread.join()
+    (first, *_, last) = outcome(story, result)
+    ((noticed, at),) = drained
+    print(f"notice at step {noticed}; {last[2] - at:.0f} s later step {last[1]} was done next")
+    assert (first[0], last[0], result.steps) == (2, 1, 150)
+    assert last[1] > noticed, "nothing from before the notice is done again"
+    assert checkpoint.newest(result.run_uri).step == 150
