@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,10 +85,20 @@ def running(
 
 def kill_session(session: int) -> None:
     """SIGKILL to every process of a session: Ray's workers leave the process group, not this."""
+    for pid in processes(session):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def processes(session: int, title: str = "") -> list[int]:
+    """The processes of a session whose command line begins so."""
+    found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
+            own = int(stat.read_text().rpartition(")")[2].split()[3]) == session
+            if own and stat.with_name("cmdline").read_bytes().startswith(title.encode()):
+                found.append(int(stat.parent.name))
+    return found
 
 
 @dataclass(frozen=True)
@@ -255,6 +265,7 @@ class RayHead:
     api_url: str  # http://host:port, of the dashboard and the jobs
     environment: dict[str, str]  # what a client process must set before it connects
     of_workers: dict[str, str]  # what its workers and jobs find besides
+    session: int = 0  # of all its processes
 
     def token(self) -> str:
         return Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
@@ -292,8 +303,9 @@ def ray_head(
             --object-store-memory={object_store_mb * 2**20}"""
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options.split()]
         try:
-            with running(command, folder / "ray.log", lambda: _runs_jobs(head), env=variables):
-                yield head
+            log = folder / "ray.log"
+            with running(command, log, lambda: _runs_jobs(head), env=variables) as session:
+                yield replace(head, session=session)
         finally:
             with suppress(OSError):
                 shutil.copytree(f"{temporary}/session_latest/logs", folder / "ray_logs")

@@ -1,6 +1,7 @@
 """A small run that the faults befall."""
 
 import pytest
+from faulty import STEPS
 from services import RayHead
 
 from raybrats.config import (
@@ -14,8 +15,6 @@ from raybrats.config import (
     ValidationConfig,
 )
 from raybrats.data.phantom import write_phantoms
-
-STEPS = 14
 
 
 @pytest.fixture(scope="session")
