@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def stopped(base, ray_cluster):
 
     client = JobSubmissionClient(ray_cluster.api_url)
     job = client.submit_job(
-        entrypoint=f"python jobs/train.py {' '.join(command(base)[1:])}",
+        entrypoint=f"python jobs/train.py {shlex.join(command(base)[1:])}",
         runtime_env={"working_dir": str(ROOT), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}},
     )
     run_uri = storage.join(base.run.storage_uri, "driven")
