@@ -69,6 +69,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Ra
         **s3.environment(),
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *modules]),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "RAY_metrics_report_interval_ms": "2000",
     }
     with (
         ray_head(tmp_path_factory.mktemp("ray"), environment) as head,

@@ -31,6 +31,7 @@ from raybrats.train import checkpoint, loop
 from raybrats.train.learner import Learner, new_learner
 from raybrats.train.loop import Hooks
 from raybrats.train.saver import Saver
+from raybrats.train.step import train_step
 
 CPU = torch.device("cpu")
 SIZE = (16, 16, 16)
@@ -172,4 +173,4 @@ def draws(folder: Path, world: int, stop: int) -> list[list[int]]:
 def steps(config: TrainConfig, count: int) -> tuple[Learner, list[float]]:
     """A learner after so many steps in this process, and their losses."""
     learner, given = new_learner(config, CPU), batches(config, CASES, (0, 1, 0))
-    return learner, [float(loop.train_step(learner, next(given))) for _ in range(count)]
+    return learner, [float(train_step(learner, next(given))) for _ in range(count)]

@@ -1,38 +1,23 @@
-"""Steps and validation as plain torch: runs without Ray, in a notebook or on a bare GPU machine."""
+"""A run as plain torch, without Ray: steps, validations, checkpoints, and what is told of them."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from raybrats.brats import REGIONS
-from raybrats.data.augment import augment
-from raybrats.data.batch import Batch, normalise
+from raybrats.data.batch import Batch
 from raybrats.data.prepare import Prepared
-from raybrats.errors import DivergedError
 from raybrats.model.inference import labels_of, predict_case
 from raybrats.model.metrics import region_dice
-from raybrats.model.network import heads
 from raybrats.train.learner import Learner, learning_rate
+from raybrats.train.step import Inputs, backward, inputs, update, world_size
 
 LOG_EVERY_STEPS = 10
-
-
-class Inputs(NamedTuple):
-    """What the network and its loss see of a batch, on the device."""
-
-    image: Tensor
-    labels: Tensor
-    wait_s: float = 0.0
-    """For which the batch was waited for."""
-    ready: torch.cuda.Event | None = None
-    """When it is there, if it is made beside the training step."""
 
 
 @dataclass(frozen=True)
@@ -110,92 +95,6 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
     return metrics
 
 
-def inputs(learner: Learner, batches: Iterable[Batch]) -> Iterator[Inputs]:
-    """Batches as network input; on a GPU copied and augmented beside the step that runs."""
-    side = torch.cuda.Stream(learner.device) if learner.device.type == "cuda" else None
-    source = iter(batches)
-    while True:
-        began = time.perf_counter()
-        batch = next(source, None)
-        if batch is None:
-            return
-        wait_s = time.perf_counter() - began
-        with torch.cuda.stream(side) if side else nullcontext():
-            image, labels = augmented(learner, batch)
-            ready = side.record_event() if side else None
-        yield Inputs(image, labels, wait_s, ready)
-
-
-def augmented(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Network input, float32 (batch, modality, i, j, k), and labels (batch, i, j, k)."""
-    draws, config = batch.draw, learner.config
-    batch = batch.to(learner.device)
-    image, brain = normalise(batch)
-    image, labels = augment(config.augment, config.run.seed, draws, (image, batch.labels, brain))
-    flat = config.spatial_dims == 2  # a network of slices takes (batch, modality, i, j) of its own
-    return image if flat else image.contiguous(memory_format=learner.memory_format), labels
-
-
-def train_step(learner: Learner, batch: Batch) -> Tensor:
-    """One optimiser step on this rank's batch; returns the loss, still on the device."""
-    loss = backward(learner, Inputs(*augmented(learner, batch)))
-    update(learner)
-    return loss
-
-
-def backward(learner: Learner, coming: Inputs) -> Tensor:
-    """Gradients of this rank's share of the global batch, in micro-batches.
-
-    Shares of ranks may differ in size: each counts by its patches, so the mean that DDP takes of
-    the gradients is that over the global batch.
-    """
-    _take_over(coming)
-    learner.network.train()
-    learner.optimizer.zero_grad(set_to_none=True)
-    world, batch = world_size(), learner.config.optim.global_batch
-    most = -(-batch // world)
-    pieces = -(-most // (learner.config.optim.micro_batch or most))
-    total = torch.zeros((), device=learner.device)
-    images, labels = (tensor.tensor_split(pieces) for tensor in coming[:2])
-    for number, (image, label) in enumerate(zip(images, labels, strict=True), 1):
-        share = len(image) * world / batch
-        if not share:  # the others have one more: DDP's exchanges must stay in step
-            image, label = images[0], labels[0]
-        with _exchange(learner.network, number == pieces):
-            with learner.autocast():
-                logits = heads(learner.network(image))
-                loss = learner.loss(logits, label, share=share, part=1 / pieces)
-            learner.scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
-
-
-def update(learner: Learner) -> None:
-    """The optimiser's step; skipped, and counted, where the gradient is not finite.
-
-    Raises:
-        DivergedError: that happened `optim.max_skipped` times in a row.
-    """
-    config = learner.config.optim
-    learner.scaler.unscale_(learner.optimizer)
-    norm = nn.utils.clip_grad_norm_(learner.bare.parameters(), config.clip_norm)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate(config, learner.step)
-    learner.step += 1
-    if torch.isfinite(norm):
-        learner.scaler.step(learner.optimizer)
-        learner.skipped_in_a_row.clear()
-        if learner.average is not None:
-            learner.average.update_parameters(learner.bare)
-    else:
-        learner.skipped += 1
-        learner.skipped_in_a_row.append(learner.step - 1)
-    if learner.scaler.is_enabled():
-        learner.scaler.update()
-    if len(learner.skipped_in_a_row) >= config.max_skipped:
-        raise DivergedError(_diverged(learner))
-
-
 def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
     """Dice of each region of each case, segmented whole."""
     network, scores = learner.judged, []
@@ -227,11 +126,6 @@ def mean_scores(scores: Sequence[Sequence[float]], regions: Sequence[str]) -> di
     return {**means, "mean": sum(means.values()) / len(means)}
 
 
-def world_size() -> int:
-    """Ranks that train together."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
 def _timed_step(
     learner: Learner, coming: Inputs, feed: Iterator[Inputs], pace: Pace
 ) -> Inputs | None:
@@ -253,21 +147,6 @@ def _timed_step(
     if not first:
         pace.add(time.perf_counter() - began, wait_s)
     return following
-
-
-def _take_over(coming: Inputs) -> None:
-    """Makes the current stream wait for what another one has made."""
-    if coming.ready is not None:
-        stream = torch.cuda.current_stream(coming.image.device)
-        stream.wait_event(coming.ready)
-        for tensor in coming[:2]:
-            tensor.record_stream(stream)
-
-
-def _exchange(network: nn.Module, last: bool) -> nullcontext:
-    """Lets DDP exchange gradients in the last micro-batch only."""
-    ddp = isinstance(network, DistributedDataParallel)
-    return network.no_sync() if ddp and not last else nullcontext()
 
 
 def _figures(learner: Learner, pace: Pace) -> dict[str, float]:
@@ -298,12 +177,3 @@ def _judge(learner: Learner, scores: Sequence[Sequence[float]]) -> dict[str, flo
     learner.stale = 0 if better else learner.stale + 1
     learner.best = max(learner.best, means["mean"])
     return means
-
-
-def _diverged(learner: Learner) -> str:
-    row, batch = learner.skipped_in_a_row, learner.config.optim.global_batch
-    return (
-        f"no finite gradient in the {len(row)} steps before step {learner.step}, draws "
-        f"{row[0] * batch} to {(row[-1] + 1) * batch - 1}; the last checkpoint is finite: "
-        "lower optim.lr or loss weights, or take another optim.precision"
-    )

@@ -13,7 +13,7 @@ from raybrats.errors import CheckpointError, DivergedError, StorageError
 from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Snapshot
 from raybrats.train.learner import Learner
-from raybrats.train.loop import world_size
+from raybrats.train.step import world_size
 
 _LOG = logging.getLogger(__name__)
 TRIES = 3

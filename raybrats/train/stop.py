@@ -1,4 +1,4 @@
-"""Ending a run from outside: SIGTERM after a checkpoint, a lost lease, a stall."""
+"""Ending a run from outside: by SIGTERM, a notice, a lost lease or a stall, after a checkpoint."""
 
 import os
 import signal
@@ -12,6 +12,10 @@ from raybrats.errors import RaybratsError
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+
+
+WISH_EVERY_S = 0.5
+"""Between two looks of a worker at whether the driver wants a checkpoint."""
 
 
 class Stop:
@@ -55,3 +59,58 @@ def on_sigterm(board: "ActorHandle", grace_s: float) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class Wish:
+    """Whether a checkpoint is wanted now: by the driver, or because a node is to be taken away."""
+
+    def __init__(self, board: "ActorHandle | None") -> None:
+        self._board, self._asked, self._ended = board, threading.Event(), threading.Event()
+        self._notice: object = None
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def due(self) -> str:
+        """Why a checkpoint is due, once for each reason; empty if none is."""
+        if self._asked.is_set():
+            self._asked.clear()
+            return "stop"
+        notice = _preemption()
+        if notice is not None and notice != self._notice:
+            self._notice = notice
+            return "preemption notice"
+        return ""
+
+    def granted(self, step: int, reason: str) -> None:
+        """Tells the driver that the checkpoint is there."""
+        if self._board is not None:
+            self._board.saved.remote(step, reason)
+
+    def close(self) -> None:
+        """Stops looking."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        import ray
+
+        asked = False
+        while self._board is not None and not self._ended.wait(WISH_EVERY_S):
+            try:
+                wished = ray.get(self._board.wished.remote(), timeout=30)
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError:  # the driver has gone, and this worker will
+                return
+            if wished and not asked:
+                self._asked.set()
+            asked = wished
+
+
+def _preemption() -> object:
+    """Ray Train's notice that a node of this run is to be taken away; None without one.
+
+    Ray's public `get_preemption_info` is a barrier of all ranks. It hands on what rank 0 knows,
+    which is all that is needed: rank 0 saves alone, while the others wait in their next step.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info

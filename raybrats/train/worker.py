@@ -2,18 +2,15 @@
 
 import logging
 import math
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, fields
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-from ray.train.v2._internal.execution.context import get_train_context
 from torch.nn.parallel import DistributedDataParallel
 
 from raybrats.config import TrainConfig, digest
@@ -29,9 +26,7 @@ from raybrats.train.job import Job
 from raybrats.train.learner import Learner, new_learner
 from raybrats.train.loop import Hooks
 from raybrats.train.saver import Saver
-
-WISH_EVERY_S = 0.5
-"""Between two looks at whether the driver wants a checkpoint."""
+from raybrats.train.stop import Wish
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -75,7 +70,7 @@ class _Worker:
             # What a checkpoint has behind it is not trained again, so its metrics are safe first.
             resumed, settle = found.get("uri", ""), self._log.settle
             self._saver = Saver(job.run_uri, job.tracking.run_id, resumed, first=settle)
-            self._wish = _Wish(job)
+            self._wish = Wish(job.board)
             self._gauges = gauges.Gauges(job.config.run.name, self._extra["rejected"])
 
     def __enter__(self) -> "_Worker":
@@ -143,55 +138,6 @@ class _Worker:
     def _post(self, remark: str) -> None:
         if self._first and self._job.board is not None:
             self._job.board.post.remote(self._learner.step, remark)
-
-
-class _Wish:
-    """Whether a checkpoint is wanted now: by the driver, or because a node is to be taken away."""
-
-    def __init__(self, job: Job) -> None:
-        self._board, self._asked, self._ended = job.board, threading.Event(), threading.Event()
-        self._notice: object = None
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def due(self) -> str:
-        """Why a checkpoint is due, once for each reason; empty if none is."""
-        if self._asked.is_set():
-            self._asked.clear()
-            return "stop"
-        notice = _preemption()
-        if notice is not None and notice != self._notice:
-            self._notice = notice
-            return "preemption notice"
-        return ""
-
-    def granted(self, step: int, reason: str) -> None:
-        """Tells the driver that the checkpoint is there."""
-        if self._board is not None:
-            self._board.saved.remote(step, reason)
-
-    def close(self) -> None:
-        """Stops looking."""
-        self._ended.set()
-
-    def _watch(self) -> None:
-        asked = False
-        while self._board is not None and not self._ended.wait(WISH_EVERY_S):
-            try:
-                wished = ray.get(self._board.wished.remote(), timeout=30)
-            except ray.exceptions.RayError:  # the driver has gone, and this worker will
-                return
-            if wished and not asked:
-                self._asked.set()
-            asked = wished
-
-
-def _preemption() -> object:
-    """Ray Train's notice that a node of this run is to be taken away; None without one.
-
-    Ray's public `get_preemption_info` is a barrier of all ranks. It hands on what rank 0 knows,
-    which is all that is needed: rank 0 saves alone, while the others wait in their next step.
-    """
-    return get_train_context().preemption_context.preemption_info
 
 
 def _resume(job: Job, learner: Learner, rank: int) -> dict[str, Any]:

@@ -80,6 +80,8 @@ class Chaos:
         return True
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_run_in_chaos_ends_and_its_history_is_whole(base, ray_cluster, tmp_path, monkeypatch):
     """F26: for a minute in CI, five in a soak."""
     story = Story(tmp_path / "story", step_s=STEP_S)

@@ -17,10 +17,11 @@ from services import S3
 
 from raybrats.data import storage
 from raybrats.errors import CheckpointError, DivergedError, StorageError
-from raybrats.train import checkpoint, loop
+from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Snapshot
 from raybrats.train.learner import new_learner
 from raybrats.train.saver import TRIES, Saver
+from raybrats.train.step import train_step
 
 pytestmark = pytest.mark.faults
 NUM_FLIPS = 200
@@ -86,7 +87,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(tmp_path, learner):
     second = new_learner(CONFIG, CPU)
     second.restore(found.weights, found.state, found.step)
     for batch in list(batches(CONFIG, CASES, (0, 1, 2)))[:2]:
-        loop.train_step(second, batch)
+        train_step(second, batch)
     assert all(torch.equal(t, whole.weights()[n]) for n, t in second.weights().items())
 
 
@@ -130,7 +131,7 @@ def test_one_is_in_flight_at_most_and_the_training_does_not_wait_for_it(tmp_path
     saver.save(learner, {})
     assert time.monotonic() - began < 0.4, "it returns before the half second is over"
     before = {n: t.clone() for n, t in learner.weights().items()}
-    loop.train_step(learner, next(batches(CONFIG, CASES, (0, 1, 1))))
+    train_step(learner, next(batches(CONFIG, CASES, (0, 1, 1))))
     saver.save(learner, {})
     saver.close()
     assert most == [1, 1]

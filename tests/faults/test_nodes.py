@@ -1,12 +1,15 @@
 """F2, F3 and F4: nodes that vanish, and nodes that say so before."""
 
+import re
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 
 import pytest
+import ray
 from faulty import Story
 from services import RayHead, RayNode, ray_node
 
@@ -16,6 +19,8 @@ from raybrats.train.run import Result, train
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
 NOTICE_S = 8
+SEEN = r'^ray_(raybrats_\w+?)(?:_total)?\{.*run="vanished".*\} (\S+)$'
+"""A line of Ray's metrics that tells of the run."""
 
 
 @pytest.fixture
@@ -68,10 +73,14 @@ def test_a_node_that_vanishes_costs_the_steps_since_the_last_checkpoint(spread):
     """F2: its raylet and workers die at once; the run goes on with the worker that is left."""
     config, node, story = spread
     changes = {"run.name": "vanished", "run.save_every_steps": 10}
-    killed = []
-    thread = when(story, 25, lambda: (node.kill(), killed.append(time.time())))
+    killed, scraped = [], []
+    threads = [
+        when(story, 25, lambda: (node.kill(), killed.append(time.time()))),
+        when(story, 130, lambda: scraped.append(metrics())),
+    ]
     result = train(override_all(config, changes))
-    thread.join()
+    for thread in threads:
+        thread.join()
     (first, *_, last) = outcome(story, result)
     print(f"{last[2] - killed[0]:.0f} s from the loss to the next step")
     assert len(killed) == 1, "the node was lost"
@@ -79,6 +88,26 @@ def test_a_node_that_vanishes_costs_the_steps_since_the_last_checkpoint(spread):
     assert last[1] % 10 == 1, "from a checkpoint"
     assert last[1] > 10
     assert result.restarts == 1
+    (seen,) = scraped
+    assert seen["raybrats_restarts"] == 1
+    assert seen["raybrats_cases"] >= seen["raybrats_cache_hits"] > 0
+    for name in ("patches_per_s", "step_seconds", "data_wait_fraction", "loss"):
+        assert seen[f"raybrats_{name}"] > 0, name
+
+
+def metrics() -> dict[str, float]:
+    """What those who watch the cluster see of the run, added up over its processes."""
+    ports = {node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]}
+    found: dict[str, float] = {}
+    for port in ports:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        lines = re.findall(
+            r'^ray_(raybrats_\w+?)(?:_total)?\{(.*run="vanished".*)\} (\S+)$', text, re.M
+        )
+        for name, _, value in lines:
+            found[name] = found.get(name, 0.0) + float(value)
+    return found
 
 
 def test_a_notice_makes_a_checkpoint_and_nothing_before_it_is_lost(spread, ray_cluster):

@@ -8,8 +8,8 @@ from ranks import CASES, CONFIG, CPU, batches, steps
 
 from raybrats.config import NetworkConfig, override, override_all
 from raybrats.errors import CheckpointError, DivergedError
-from raybrats.train import loop
 from raybrats.train.learner import new_learner
+from raybrats.train.step import train_step
 
 pytestmark = pytest.mark.faults
 
@@ -29,7 +29,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(precision):
     before = None
     for step in range(5):
         before = learner.weights()
-        loss = loop.train_step(learner, next(given_batches))
+        loss = train_step(learner, next(given_batches))
         assert bool(torch.isfinite(loss)) == (step != 2), "the fault fires once"
         same = all(torch.equal(t, before[n]) for n, t in learner.weights().items())
         assert same == (step == 2)
@@ -42,7 +42,7 @@ def test_many_in_a_row_end_the_run_and_name_the_draws():
     config = override(CONFIG, "optim.max_skipped", 3)
     learner, given_batches = new_learner(config, CPU), poisoned(config, range(4, 9))
     with pytest.raises(DivergedError, match=r"3 steps before step 7, draws 8 to 13;.*optim\.lr"):
-        all(loop.train_step(learner, batch) is not None for batch in given_batches)
+        all(train_step(learner, batch) is not None for batch in given_batches)
     assert (learner.step, learner.skipped) == (7, 3)
     assert all(torch.isfinite(t).all() for t in learner.weights().values())
 

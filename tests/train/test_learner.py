@@ -13,6 +13,7 @@ from raybrats.errors import UsageError
 from raybrats.model.network import weights_of
 from raybrats.train import loop
 from raybrats.train.learner import learning_rate, new_learner
+from raybrats.train.step import train_step
 
 
 @given(
@@ -40,7 +41,7 @@ def test_averages_follow_the_weights_and_are_what_is_judged():
     learner, given_batches = new_learner(config, CPU), batches(config, CASES, (0, 1, 0))
     expected = None
     for _ in range(4):
-        loop.train_step(learner, next(given_batches))
+        train_step(learner, next(given_batches))
         now = {name: tensor.clone() for name, tensor in weights_of(learner.bare).items()}
         expected = expected or now
         expected = {n: 0.75 * expected[n] + 0.25 * now[n] for n in now}
@@ -85,7 +86,7 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch):
     assert all(p.grad is None for p in learner.bare.parameters())
     expected = steps(CONFIG, 2)[1]
     given_batches = batches(config, CASES, (0, 1, 0))
-    assert [float(loop.train_step(learner, next(given_batches))) for _ in range(2)] == expected
+    assert [float(train_step(learner, next(given_batches))) for _ in range(2)] == expected
 
 
 def test_early_stopping_counts_validations_without_a_better_one():

@@ -25,6 +25,7 @@ from raybrats.model.network import weights_of
 from raybrats.train import checkpoint, loop
 from raybrats.train.checkpoint import Snapshot
 from raybrats.train.learner import learning_rate, new_learner
+from raybrats.train.step import train_step
 
 CPU = torch.device("cpu")
 STILL = AugmentConfig(mirror=0, noise=0, brightness=0, contrast=0, gamma=0)
@@ -66,7 +67,7 @@ def assert_equal(one, other):
 def test_the_loss_falls_on_a_batch_seen_again_and_again(batches):
     config = replace(CONFIG, augment=STILL, optim=OptimConfig(lr=3e-2, steps=12, global_batch=2))
     learner = new_learner(config, CPU)
-    losses = [float(loop.train_step(learner, batches[0])) for _ in range(12)]
+    losses = [float(train_step(learner, batches[0])) for _ in range(12)]
     assert learner.step == 12
     assert losses[-1] < 0.9 * losses[0]
 
@@ -81,7 +82,7 @@ def test_a_seed_decides_the_initial_weights():
 def test_a_step_changes_every_weight(batches):
     learner = new_learner(CONFIG, CPU)
     before = {name: tensor.clone() for name, tensor in learner.bare.named_parameters()}
-    loop.train_step(learner, batches[0])
+    train_step(learner, batches[0])
     same = [n for n, p in learner.bare.named_parameters() if torch.equal(before[n], p)]
     assert same == []
 
@@ -93,11 +94,11 @@ def test_a_resumed_learner_ends_bit_equal_to_an_uninterrupted_one(
 ):
     config = override(CONFIG, "optim.name", optimizer)
     whole = new_learner(config, CPU)
-    losses = [loop.train_step(whole, batch) for batch in batches]
+    losses = [train_step(whole, batch) for batch in batches]
 
     first = new_learner(config, CPU)
     for batch in batches[:stop]:
-        loop.train_step(first, batch)
+        train_step(first, batch)
     checkpoint.write(str(tmp_path), config, Snapshot(stop, first.weights(), first.state()))
     del first
     torch.manual_seed(99)
@@ -106,7 +107,7 @@ def test_a_resumed_learner_ends_bit_equal_to_an_uninterrupted_one(
     second = new_learner(config, CPU)
     second.restore(found.weights, found.state, found.step)
     assert second.step == stop
-    again = [loop.train_step(second, batch) for batch in batches[stop:]]
+    again = [train_step(second, batch) for batch in batches[stop:]]
     assert torch.equal(torch.stack(again), torch.stack(losses[stop:]))
     assert_equal(second, whole)
 
@@ -129,13 +130,13 @@ def test_the_learning_rate_falls_polynomially_from_lr_to_nothing(batches):
     assert rates == sorted(rates, reverse=True)
     learner = new_learner(CONFIG, CPU)
     for batch in batches[:3]:
-        loop.train_step(learner, batch)
+        train_step(learner, batch)
     assert learner.optimizer.param_groups[0]["lr"] == learning_rate(CONFIG.optim, 2)
 
 
 def test_gradients_are_clipped(batches):
     learner = new_learner(override(CONFIG, "optim.clip_norm", 1e-3), CPU)
-    loop.train_step(learner, batches[0])
+    train_step(learner, batches[0])
     norm = torch.stack([p.grad.norm() for p in learner.bare.parameters()]).norm()
     assert norm <= 1e-3 * (1 + 1e-4)
 
@@ -144,7 +145,7 @@ def test_gradients_are_clipped(batches):
 def test_loss_and_gradients_are_finite(batches, precision):
     learner = new_learner(override(CONFIG, "optim.precision", precision), CPU)
     for batch in batches[:3]:
-        assert torch.isfinite(loop.train_step(learner, batch))
+        assert torch.isfinite(train_step(learner, batch))
         assert all(torch.isfinite(p.grad).all() for p in learner.bare.parameters())
     assert all(p.dtype == torch.float32 for p in learner.bare.parameters())
 
@@ -189,7 +190,7 @@ def test_slices_and_whole_volumes_are_learned_and_scored(cases, sampling):
     columns |= {"image": np.stack([image for image, _ in rows]), "draw": np.arange(2)}
     columns |= {"labels": np.stack([labels for _, labels in rows])}
     batch = Batch(**{name: torch.from_numpy(column) for name, column in columns.items()})
-    losses = [float(loop.train_step(learner, batch)) for _ in range(8)]
+    losses = [float(train_step(learner, batch)) for _ in range(8)]
     assert losses[-1] < losses[0]
     assert np.array(loop.validate(learner, iter(cases))).shape == (2, len(REGIONS))
 
