@@ -86,7 +86,7 @@ def test_a_run_in_chaos_ends_and_its_history_is_whole(base, ray_cluster, tmp_pat
     """F26: for a minute in CI, five in a soak."""
     story = Story(tmp_path / "story", step_s=STEP_S)
     monkeypatch.setattr(launch, "work", story.worker())
-    steps = int(SECONDS / STEP_S / 2)
+    steps = int(SECONDS / STEP_S / 20) * 10
     with line_to(base.tracking.uri) as line:
         changes = {
             "run.name": "chaos",
