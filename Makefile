@@ -15,7 +15,8 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# What takes too long for every change: the jobs on real cases, where RAYBRATS_REAL_CASES has some.
+# What takes too long for every change: the jobs on real cases, where RAYBRATS_REAL_CASES has some,
+# more kinds of faults, and chaos for five minutes.
 soak: .venv/installed
 	RAYBRATS_SOAK=1 $(BIN)/pytest -m slow
 
@@ -23,6 +24,9 @@ soak: .venv/installed
 bench: .venv-bench/installed
 	for name in decode patches stream scaling; do \
 		.venv-bench/bin/python tests/bench/$$name.py $(if $(CASES),--cases $(CASES)) || exit 1; \
+	done
+	for name in step checkpoint naive_ray_train; do \
+		.venv-bench/bin/python tests/bench/$$name.py || exit 1; \
 	done
 
 # torch first and exactly: a looser wish would bring another build of it.

@@ -48,7 +48,7 @@ class Saver:
             StorageError: several in a row could not be written, or the last one of the run.
             DivergedError: the weights are not finite; nothing is written.
         """
-        if learner.step == self._step:
+        if learner.step == self._step and not metrics:  # a validation adds its own to what is there
             return
         self.wait()
         self._step = learner.step
@@ -107,6 +107,6 @@ class Saver:
                 raise
             return False
         self._failed, self.saved = 0, snapshot.step
-        self._verified = [*self._verified[-1:], uri]
+        self._verified = [*[u for u in self._verified if u != uri][-1:], uri]
         checkpoint.prune(self._run_uri, self._verified)
         return True

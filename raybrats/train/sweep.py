@@ -31,7 +31,7 @@ from raybrats.recipes import named
 from raybrats.registry import tracking
 from raybrats.registry.package import Version
 from raybrats.registry.tracking import Run
-from raybrats.train import launch, record
+from raybrats.train import checkpoint, launch, record
 from raybrats.train import run as runs
 
 _SAMPLERS = {
@@ -208,7 +208,7 @@ def _outcome(config: TrainConfig, parent: Run, result: ray.tune.Result) -> Trial
         score = runs.best_scores(run_uri)["mean"]
     except CheckpointError:
         score = None
-    ended = (result.metrics or {}).get("step") == config.optim.steps
+    ended = any(written.finished for written in checkpoint.written(run_uri))
     status = "finished" if ended else "failed" if result.error else "pruned"
     closing = {"finished": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}[status]
     if run_id:

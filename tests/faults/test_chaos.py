@@ -49,9 +49,10 @@ class Chaos:
         kinds = [self.kill_a_worker, self.damage_the_newest, self.cut_mlflow]
         while not (self._story.folder / "steps").exists() and not self._ended.wait(0.5):
             continue
-        until = time.monotonic() + SECONDS
+        until, coming = time.monotonic() + SECONDS, []
         while time.monotonic() < until and not self._ended.wait(EVERY_S):
-            self._dice.choice(kinds)()
+            coming = coming or self._dice.sample(kinds, len(kinds))
+            coming.pop()()
 
     def kill_a_worker(self):
         found = processes(self._session, "ray::RayTrainWorker")

@@ -141,6 +141,17 @@ def test_one_is_in_flight_at_most_and_the_training_does_not_wait_for_it(tmp_path
     assert second.step == 2
 
 
+def test_what_was_saved_on_a_notice_is_saved_again_with_its_validation(tmp_path, learner):
+    """F3 in the middle of the last validation: the end of the run is not lost."""
+    saver = Saver(str(tmp_path))
+    for metrics, finished in (({}, False), ({}, False), ({"mean": 0.5}, True)):
+        saver.save(learner, metrics, finished)
+    saver.close()
+    (found,) = checkpoint.written(str(tmp_path))
+    assert (found.metrics, found.finished) == ({"mean": 0.5}, True)
+    assert checkpoint.read(found.uri).step == learner.step
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     """F19."""
     learner, saver = steps(CONFIG, 1)[0], Saver(str(tmp_path))
