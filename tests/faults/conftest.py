@@ -35,7 +35,7 @@ def base(
             workers=2,
             cpus_per_worker=0.5,
             device="cpu",
-            max_failures=4,
+            max_failures=0,
             collective_timeout_s=15.0,
         ),
         run=RunConfig(storage_uri=str(folder / "runs"), save_every_steps=1),

@@ -24,7 +24,7 @@ from raybrats.train import checkpoint, launch
 from raybrats.train.run import train
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
-SECONDS, EVERY_S = (300, 15) if SOAK else (45, 12)
+SECONDS, EVERY_S = (300, 15) if SOAK else (40, 12)
 STEP_S = 0.2
 
 

@@ -24,7 +24,7 @@ from raybrats.train.stop import Stop
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_EVERY = 400, 60
+STEPS, SAVE_EVERY = 240, 40
 
 
 def command(config):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty import Fault, Story
+from faulty import SOAK, Fault, Story
 from mlflow import MlflowClient
 
-from raybrats.config import override
+from raybrats.config import override, override_all
 from raybrats.data import storage
 from raybrats.errors import CheckpointError, RaybratsError
 from raybrats.train import checkpoint, launch
@@ -18,9 +18,8 @@ from raybrats.train.run import train
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
 FAULTS = (
     Fault("SIGKILL", rank=1, step=3),
-    Fault("SIGSEGV", rank=1, step=5),
-    Fault("os._exit", rank=0, step=7),
-    Fault("GIL", rank=1, step=9),
+    Fault("GIL", rank=1, step=5),
+    *((Fault("SIGSEGV", rank=1, step=7), Fault("os._exit", rank=0, step=9)) if SOAK else ()),
     Fault("raise", rank=1, step=11),
 )
 
