@@ -101,10 +101,7 @@ def metrics(run: str) -> dict[str, float]:
     for port in ports:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        lines = re.findall(
-            r'^ray_(raybrats_\w+?)(?:_total)?\{(.*run="vanished".*)\} (\S+)$', text, re.M
-        )
-        for name, _, value in lines:
+        for name, value in re.findall(SEEN % run, text, re.MULTILINE):
             found[name] = found.get(name, 0.0) + float(value)
     return found
 

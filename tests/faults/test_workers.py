@@ -33,10 +33,9 @@ def whole(base):
 @pytest.fixture(scope="module")
 def broken(base, tmp_path_factory):
     """What is left of a run whose workers die once more than it may start again."""
-    story, config = (
-        Story(tmp_path_factory.mktemp("story"), FAULTS),
-        override(base, "run.name", "broken"),
-    )
+    story = Story(tmp_path_factory.mktemp("story"), FAULTS)
+    failures = {"run.name": "broken", "cluster.max_failures": len(FAULTS) - 1}
+    config = override_all(base, failures)
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "work", story.worker())
