@@ -65,7 +65,7 @@ def training_step(
 ) -> Callable[[int], object]:
     """Forward, loss, backward and the optimiser, on patches that are ready."""
     from raybrats.model.network import heads
-    from raybrats.train.loop import new_learner
+    from raybrats.train.learner import new_learner
 
     learner, kind = new_learner(config, image.device), image.device.type
     learner.network.train()

@@ -16,6 +16,7 @@ on this device. Needs torch, numpy and MONAI, neither Ray, MLflow, pydantic nor 
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
@@ -77,6 +78,7 @@ def settings(
     )
 
 
+@functools.cache
 def random_batch(size: int, edge: int, modalities: int = 4) -> Batch:
     """Noise in a ball with a tumour of three shells, as patches travel; page-locked for a GPU."""
     source, pinned = torch.Generator().manual_seed(0), torch.cuda.is_available()
