@@ -33,7 +33,7 @@ import measure
 import torch
 
 from raybrats.data import storage
-from raybrats.errors import CheckpointError
+from raybrats.errors import CheckpointError, MissingObjectError
 from raybrats.recipes import nnunet
 from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Snapshot
@@ -233,7 +233,8 @@ def place(s3: str | None) -> Iterator[str]:
     try:
         yield folder
     finally:
-        storage.delete(folder)
+        with suppress(MissingObjectError):
+            storage.delete(folder)
 
 
 def parsed() -> argparse.Namespace:
