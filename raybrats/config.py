@@ -253,7 +253,8 @@ class OptimConfig(Section):
     clip_norm: float = 12.0
     """Gradient norm is clipped here (nnU-Net: 12)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast of forward and loss; fp16 scales the loss."""
+    """Autocast of forward and loss; fp16 scales the loss. Under fp32 the convolutions of a GPU use
+    TF32, as torch does unless it is told otherwise."""
     steps: int = 250_000
     """Optimiser steps of the whole run."""
     global_batch: int = 2

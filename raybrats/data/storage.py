@@ -84,6 +84,21 @@ def read_bytes(uri: str, *, size: int | None = None, digest: str | None = None) 
     return data
 
 
+def verify(uri: str, *, size: int, digest: str) -> None:
+    """Does nothing if the object has this size and digest; on a disk nothing is copied for it.
+
+    Raises:
+        StorageError: as of `read_bytes`.
+    """
+    path = Path(absolute(uri))
+    if is_remote(uri) or not path.is_file():
+        read_bytes(uri, size=size, digest=digest)
+        return
+    found = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+    if (path.stat().st_size, found) != (size, digest):
+        raise ChangedObjectError(f"{uri}: other bytes than were recorded")
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Puts an object whole: readers see the old one or the new one, never a part."""
     if is_remote(uri):

@@ -53,7 +53,7 @@ class RegionLoss(nn.Module):
         """
         target, config = region_masks(labels), self._config
         heads = [head.float() for head in logits]
-        weights = target.new_tensor([2.0**-n for n in range(len(heads))])
+        weights = torch.arange(len(heads), device=target.device).neg().float().exp2()
         total = target.new_zeros(len(heads))
         if config.ce_weight > 0 or config.focal_weight > 0:
             total = total + share * torch.stack([self._voxelwise(head, target) for head in heads])

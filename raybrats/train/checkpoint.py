@@ -7,8 +7,8 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -167,20 +167,27 @@ def read(uri: str) -> Checkpoint:
     Raises:
         CheckpointError: the manifest or a file is missing or damaged.
     """
-    manifest = _manifest(uri)
-    if manifest is None:
-        raise CheckpointError(f"{uri}: no manifest, or a damaged one")
-    try:
+    manifest = _facts(uri)
+    with _told():
         files = {
             name: storage.read_bytes(
                 storage.join(uri, name), size=facts["size"], digest=facts["digest"]
             )
             for name, facts in manifest["files"].items()
         }
-    except (ChangedObjectError, MissingObjectError) as error:
-        raise CheckpointError(f"damaged checkpoint: {error}") from error
     facts = (manifest[name] for name in ("step", "metrics", "finished", "config_digest"))
     return Checkpoint(uri, *facts, files)
+
+
+def verify(uri: str) -> None:
+    """Does nothing if every file of a checkpoint is the one that its manifest names.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    for name, facts in _facts(uri)["files"].items():
+        with _told():
+            storage.verify(storage.join(uri, name), size=facts["size"], digest=facts["digest"])
 
 
 def put_aside(uri: str) -> str:
@@ -222,6 +229,21 @@ def _finished(run_uri: str) -> list[str]:
     """Checkpoints that were written to the end, so to their manifest; oldest first."""
     names = sorted(match[1] for uri in _objects(run_uri) if (match := _FINISHED.search(uri)))
     return [storage.join(run_uri, "checkpoints", name) for name in names]
+
+
+def _facts(uri: str) -> dict[str, Any]:
+    manifest = _manifest(uri)
+    if manifest is None:
+        raise CheckpointError(f"{uri}: no manifest, or a damaged one")
+    return manifest
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except (ChangedObjectError, MissingObjectError) as error:
+        raise CheckpointError(f"damaged checkpoint: {error}") from error
 
 
 def _manifest(uri: str) -> dict[str, Any] | None:

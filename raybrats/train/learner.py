@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -50,10 +51,11 @@ class Learner:
         """The network that is validated and registered."""
         return self.average.module if self.average is not None else self.bare
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """How images and weights lie in memory."""
-        return _memory_format(self.config)
+    def laid_out(self, image: Tensor) -> Tensor:
+        """The image (batch, modality, i, j, k) as it lies best in memory for the network."""
+        if self.config.spatial_dims == 2:  # it takes (batch, modality, i, j) out of this by itself
+            return image
+        return image.contiguous(memory_format=_memory_format(self.config))
 
     def autocast(self) -> torch.autocast:
         """The precision of forward and loss."""
@@ -62,11 +64,11 @@ class Learner:
         return torch.autocast(self.device.type, kind, precision in PRECISIONS)
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy on the CPU of the weights that are judged."""
-        return _copied(weights_of(self.judged))
+        """The weights that are judged."""
+        return weights_of(self.judged)
 
     def state(self) -> dict[str, Any]:
-        """A copy on the CPU of everything else that resuming needs."""
+        """Everything else that resuming needs; tensors and plain values."""
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -78,7 +80,7 @@ class Learner:
             state["averaged"] = int(self.average.n_averaged)
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        return _copied(state)
+        return state
 
     def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Any], step: int) -> None:
         """Continues from a checkpoint.
@@ -125,6 +127,11 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
     return learner
 
 
+def world_size() -> int:
+    """Ranks that train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def learning_rate(config: OptimConfig, step: int) -> float:
     """The rate of a step: up over the warm-up, then down to 0 at the last step."""
     if step < config.warmup_steps:
@@ -154,13 +161,15 @@ def _memory_format(config: TrainConfig) -> torch.memory_format:
 
 
 def _compiled(learner: Learner) -> nn.Module:
-    """The network compiled and tried on one patch, which also warms it up; else as it is."""
+    """The network compiled and tried on a batch, which also warms it up; else as it is."""
     config = learner.config
-    compiled = torch.compile(learner.bare)
-    patch = torch.zeros(1, len(config.data.modalities), *config.data.patch_size)
+    compiled = torch.compile(learner.bare, dynamic=False)
+    most = -(-config.optim.global_batch // world_size())
+    size = min(most, config.optim.micro_batch or most)  # of the step's batches: else made anew
+    patch = torch.zeros(size, len(config.data.modalities), *config.data.patch_size)
     try:
         with learner.autocast():
-            output = heads(compiled(patch.to(learner.device)))
+            output = heads(compiled(learner.laid_out(patch.to(learner.device))))
         torch.stack([head.float().mean() for head in output]).sum().backward()
     except Exception as error:  # whatever a compiler fails with, the network itself still works
         words = str(error).strip().splitlines() or [""]
@@ -172,17 +181,6 @@ def _compiled(learner: Learner) -> nn.Module:
         compiled = learner.bare
     learner.optimizer.zero_grad(set_to_none=True)
     return compiled
-
-
-def _copied(state: Any) -> Any:  # noqa: ANN401 - a tree of whatever an optimiser keeps
-    """The same tree; its tensors are copies on the CPU, so training may go on."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, Mapping):
-        return {name: _copied(value) for name, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_copied(value) for value in state)
-    return state
 
 
 def _require_state(learner: Learner, state: Mapping[str, Any]) -> None:

@@ -14,8 +14,8 @@ from raybrats.data.batch import Batch
 from raybrats.data.prepare import Prepared
 from raybrats.model.inference import labels_of, predict_case
 from raybrats.model.metrics import region_dice
-from raybrats.train.learner import Learner, learning_rate
-from raybrats.train.step import Inputs, backward, inputs, update, world_size
+from raybrats.train.learner import Learner, learning_rate, world_size
+from raybrats.train.step import Inputs, backward, inputs, update
 
 LOG_EVERY_STEPS = 10
 

@@ -4,16 +4,18 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import zip_longest
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from raybrats.config import TrainConfig
 from raybrats.data import storage
 from raybrats.errors import CheckpointError, DivergedError, StorageError
 from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Snapshot
-from raybrats.train.learner import Learner
-from raybrats.train.step import world_size
+from raybrats.train.learner import Learner, world_size
 
 _LOG = logging.getLogger(__name__)
 TRIES = 3
@@ -40,6 +42,8 @@ class Saver:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._failed, self._step = 0, -1
+        self._copy: Any = None
+        """Of the last one; its memory serves the next, for new memory costs twice the copy."""
 
     def save(self, learner: Learner, metrics: Mapping[str, float], finished: bool = False) -> None:
         """Starts a checkpoint, once the one before is done; the last one is waited for.
@@ -52,10 +56,14 @@ class Saver:
             return
         self.wait()
         self._step = learner.step
+        self._copy = copied((learner.weights(), learner.state()), self._copy)
+        if learner.device.type == "cuda":
+            torch.cuda.current_stream(learner.device).synchronize()
+        weights, state = self._copy
         snapshot = Snapshot(
             step=learner.step,
-            weights=learner.weights(),
-            state=learner.state(),
+            weights=weights,
+            state=state,
             metrics=dict(metrics),
             finished=finished,
             world=world_size(),
@@ -91,7 +99,7 @@ class Saver:
         """Whether it verified; else older ones are as they were, and the next save tries anew."""
         try:
             uri = checkpoint.write(self._run_uri, config, snapshot)
-            checkpoint.read(uri)
+            checkpoint.verify(uri)
         except (StorageError, CheckpointError) as error:
             self._failed += 1
             self._step = -1
@@ -110,3 +118,22 @@ class Saver:
         self._verified = [*[u for u in self._verified if u != uri][-1:], uri]
         checkpoint.prune(self._run_uri, self._verified)
         return True
+
+
+def copied(state: Any, kept: Any) -> Any:  # noqa: ANN401 - a tree of what an optimiser keeps
+    """The same tree with copies of its tensors on the CPU, in the memory of `kept` where it fits.
+
+    Copies from a GPU are under way when this returns.
+    """
+    if isinstance(state, Tensor):
+        if not (isinstance(kept, Tensor) and kept.shape == state.shape):
+            kept = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
+        return kept.copy_(state.detach(), non_blocking=True)
+    if isinstance(state, Mapping):
+        before = kept if isinstance(kept, Mapping) else {}
+        return {name: copied(value, before.get(name)) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        before = kept if isinstance(kept, list | tuple) else ()
+        pairs = zip_longest(state, before[: len(state)])
+        return type(state)(copied(value, old) for value, old in pairs)
+    return state

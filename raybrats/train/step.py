@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,7 +13,7 @@ from raybrats.data.augment import augment
 from raybrats.data.batch import Batch, normalise
 from raybrats.errors import DivergedError
 from raybrats.model.network import heads
-from raybrats.train.learner import Learner, learning_rate
+from raybrats.train.learner import Learner, learning_rate, world_size
 
 
 class Inputs(NamedTuple):
@@ -50,8 +49,7 @@ def augmented(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
     batch = batch.to(learner.device)
     image, brain = normalise(batch)
     image, labels = augment(config.augment, config.run.seed, draws, (image, batch.labels, brain))
-    flat = config.spatial_dims == 2  # a network of slices takes (batch, modality, i, j) of its own
-    return image if flat else image.contiguous(memory_format=learner.memory_format), labels
+    return learner.laid_out(image), labels
 
 
 def train_step(learner: Learner, batch: Batch) -> Tensor:
@@ -112,11 +110,6 @@ def update(learner: Learner) -> None:
         learner.scaler.update()
     if len(learner.skipped_in_a_row) >= config.max_skipped:
         raise DivergedError(_diverged(learner))
-
-
-def world_size() -> int:
-    """Ranks that train together."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _take_over(coming: Inputs) -> None:

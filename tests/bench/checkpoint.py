@@ -7,7 +7,7 @@
 The learner is that of the `nnunet` recipe with its momentum filled. The peer is one torch.save of
 the same weights and the same optimiser's state to a file, neither digested nor read back. Ours is
 what the saver does: a copy that the step waits for; then, behind the training, a look whether the
-weights are finite, `checkpoint.write`, and `checkpoint.read`, which verifies every byte. Rounds are
+weights are finite, `checkpoint.write`, and `checkpoint.verify` of every byte. Rounds are
 interleaved; nobody calls fsync. Wall time holds on a quiet machine, CPU time on any.
 
 An epoch is 250 steps, after which a checkpoint is due. --flips: single bits of the files, in
@@ -38,11 +38,12 @@ from raybrats.recipes import nnunet
 from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Snapshot
 from raybrats.train.learner import Learner, new_learner
+from raybrats.train.saver import copied
 
 EPOCH = 250
 COPY, FINITE = "ours: copy, the step waits", "ours: are the weights finite"
 WRITE, DIGEST = "ours: checkpoint.write", "  of which BLAKE3"
-READ = "ours: checkpoint.read, verified"
+VERIFY, READ = "ours: checkpoint.verify", "ours: checkpoint.read, to resume"
 SAVE, LOAD = "peer: torch.save", "peer: torch.load"
 FLIPS_URI = "memory://raybrats-flips"
 
@@ -77,8 +78,10 @@ def filled_learner() -> Learner:
     return learner
 
 
-def snapshot_of(learner: Learner) -> Snapshot:
-    return Snapshot(step=learner.step, weights=learner.weights(), state=learner.state())
+def snapshot_of(learner: Learner, kept: tuple | None = None) -> Snapshot:
+    """A copy, as the saver takes it, in memory that it has where there is some."""
+    weights, state = copied((learner.weights(), learner.state()), kept)
+    return Snapshot(step=learner.step, weights=weights, state=state)
 
 
 def plain_save(snapshot: Snapshot, uri: str) -> int:
@@ -103,11 +106,12 @@ def parts(learner: Learner, snapshot: Snapshot, folder: str) -> dict[str, Callab
     uri = checkpoint.write(ours, learner.config, snapshot)
     files = checkpoint.read(uri).files
     return {
-        COPY: lambda: snapshot_of(learner),
+        COPY: lambda: snapshot_of(learner, (snapshot.weights, snapshot.state)),
         SAVE: lambda: plain_save(snapshot, peer),
         FINITE: lambda: all(bool(w.isfinite().all()) for w in snapshot.weights.values()),
         WRITE: lambda: checkpoint.write(ours, learner.config, snapshot),
         DIGEST: lambda: [storage.digest_of(data) for data in files.values()],
+        VERIFY: lambda: checkpoint.verify(uri),
         READ: lambda: checkpoint.read(uri),
         LOAD: lambda: plain_load(peer),
     }
@@ -155,8 +159,8 @@ def shares(rows: dict[str, dict[str, float]], step_s: float) -> dict[str, dict[s
     """Per cent of an epoch, by the wall and by CPU time."""
     groups = {
         "the training waits: copy": (COPY,),
-        "behind it: digests and verification": (DIGEST, READ),
-        "behind it: everything": (FINITE, WRITE, READ),
+        "behind it: digests and verification": (DIGEST, VERIFY),
+        "behind it: everything": (FINITE, WRITE, VERIFY),
         "the peer, if it were waited for": (SAVE,),
     }
     return {

@@ -41,8 +41,8 @@ import step
 import torch
 
 from raybrats.config import TrainConfig
-from raybrats.train import loop
 from raybrats.train.learner import new_learner
+from raybrats.train.step import train_step
 
 LAYOUTS = ("contiguous", "channels_last_3d")
 COLUMNS = ("patches/s", "ms", "peak_GB", "x_roofline", "x_sum", "words")
@@ -189,12 +189,12 @@ def host_waits(options: argparse.Namespace) -> dict[str, float]:
         step.settings("nnunet", options.edge, size, augmented=True), torch.device("cuda")
     )
     batch = step.random_batch(size, options.edge)
-    loop.train_step(learner, batch)
+    train_step(learner, batch)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         for turn in range(1, steps + 1):
-            loop.train_step(learner, replace(batch, draw=batch.draw + turn * size))
+            train_step(learner, replace(batch, draw=batch.draw + turn * size))
         torch.cuda.set_sync_debug_mode("default")
     places = [f"{one.filename}:{one.lineno}" for one in said if "synchroniz" in str(one.message)]
     return {place: count / steps for place, count in Counter(places).most_common()}

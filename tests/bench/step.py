@@ -35,6 +35,7 @@ from raybrats.model.network import heads
 from raybrats.recipes import RECIPES, recipe
 from raybrats.train import loop
 from raybrats.train.learner import Learner, new_learner
+from raybrats.train.step import augmented
 
 GOALS = {"cpu": 1.05, "cuda": 1.03}
 """Most that a step of ours may cost beside a bare one, augmentation off."""
@@ -106,7 +107,7 @@ def random_batch(size: int, edge: int, modalities: int = 4) -> Batch:
 def bare_step(config: TrainConfig, batch: Batch, device: torch.device) -> Callable[[], None]:
     """Forward, loss, backward and the optimiser, on input that is ready."""
     learner = new_learner(config, device)
-    image, labels = loop.augmented(learner, batch)
+    image, labels = augmented(learner, batch)
     learner.network.train()
 
     def step() -> None:
