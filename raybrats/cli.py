@@ -232,7 +232,8 @@ def _overview() -> str:
             *verbs,
             "\nEach verb has --help, --json (one document on stdout) and --debug (tracebacks).",
             "Exit codes: 0 ok, 2 usage, 3 no usable checkpoint, 4 trained but not registered,",
-            "5 bad data, 6 storage or tracking out of reach, 7 not enough resources.",
+            "5 bad data, 6 storage or tracking out of reach, 7 not enough resources,",
+            "8 training diverged, 130 interrupted; 1 anything else.",
         ]
     )
 

@@ -435,12 +435,16 @@ def from_json(text: str) -> TrainConfig:
 
 def digest(config: TrainConfig) -> str:
     """Sha256 of what decides the weights and how they are scored; places and workers do not."""
+    return hashlib.sha256(json.dumps(deciding(asdict(config)), sort_keys=True).encode()).hexdigest()
+
+
+def deciding(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run as nested dicts, what decides the weights and how they are scored."""
     ignored = ("recipe", "run", "cluster", "tracking")
-    kept = {k: v for k, v in asdict(config).items() if k not in ignored}
-    for name in ("cpus_per_task", "prefetch_batches", "cache_dir", "cache_gb"):
-        del kept["data"][name]
-    kept["seed"] = config.run.seed
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    places = ("cpus_per_task", "prefetch_batches", "cache_dir", "cache_gb")
+    kept = {name: section for name, section in tree.items() if name not in ignored}
+    kept["data"] = {name: v for name, v in tree["data"].items() if name not in places}
+    return {**kept, "run": {"seed": tree["run"]["seed"]}}
 
 
 def override(config: T, path: str, value: object) -> T:

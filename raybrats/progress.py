@@ -53,13 +53,14 @@ class _Board:
     """Actor between the driver and a worker: how far it is, and whether it shall save and stop."""
 
     def __init__(self) -> None:
-        self._state, self._wished, self._saved, self._restarts = (0, ""), False, -1, 0
+        self._state, self._posts = (0, ""), 0
+        self._wished, self._saved, self._restarts = False, -1, 0
 
     def post(self, done: int, remark: str) -> None:
-        self._state = (done, remark)
+        self._state, self._posts = (done, remark), self._posts + 1
 
-    def read(self) -> tuple[int, str]:
-        return self._state
+    def read(self) -> tuple[tuple[int, str], int]:
+        return self._state, self._posts
 
     def restart(self, why: str) -> None:
         self._state, self._restarts = (self._state[0], f"starting again, {why}"), self._restarts + 1
@@ -102,15 +103,17 @@ def watched(
     ended = threading.Event()
 
     def follow(display: Display) -> None:
-        shown, since_s = None, time.monotonic()
+        shown, heard, since_s = None, 0, time.monotonic()
         while not ended.wait(1.0):
             try:
-                state = ray.get(board.read.remote())
+                state, posts = ray.get(board.read.remote())
             except ray.exceptions.RayError:  # the cluster is going down; the run itself says why
                 return
             if state != shown:
                 display.show(*state)
-                shown, since_s = state, time.monotonic()
+            if posts != heard:
+                since_s = time.monotonic()
+            shown, heard = state, posts
             if time.monotonic() - since_s > stall_s:
                 on_stall()
                 return

@@ -107,11 +107,11 @@ def train_rank(
     learner = new_learner(config, CPU)
     found = checkpoint.newest(str(folder))
     if found is not None:
-        learner.restore(found.weights, found.state, found.step)
+        learner.restore(found.weights, found.state, found.progress)
     if world > 1:
         torch.distributed.barrier()  # nobody writes before all have read
         learner.network = DistributedDataParallel(learner.bare)
-    saver = Saver(str(folder), resumed=found.uri if found else "")
+    saver = Saver(str(folder), resumed=found)
     loop.LOG_EVERY_STEPS = 1
     given = batches(config, cases, (rank, world, learner.step))
     hooks = _hooks(learner, rank, (cases, folder, saver), kill_at)

@@ -75,7 +75,7 @@ class Stream:
                 for row in window:
                     self.tally += Tally(*row.pop("tally").tolist())
                 for place in range(num_draws):
-                    yield _batch(window[place::num_draws])
+                    yield _batch(window[place::num_draws], self._config.cluster.device != "cpu")
 
     def visit_row(self, visit: Visit) -> dict:
         """What a task is told of a visit: all of its case, so that it need not know the cohort."""
@@ -140,23 +140,23 @@ class PatchTask:
             tally = Tally()
 
 
-def _batch(rows: Sequence[dict[str, np.ndarray]]) -> "Batch":
+def _batch(rows: Sequence[dict[str, np.ndarray]], pin: bool) -> "Batch":
     """The rows put together: the one copy that is made of a patch in this process."""
     from raybrats.data.batch import Batch  # not for the tasks, which torch makes larger and later
 
-    columns = {name: _column([row[name] for row in rows]) for name in rows[0]}
+    columns = {name: _column([row[name] for row in rows], pin) for name in rows[0]}
     columns["image"] = columns["image"].permute(0, 1, 4, 3, 2)
     columns["labels"] = columns["labels"].permute(0, 3, 2, 1)
     return Batch(**columns)
 
 
-def _column(values: Sequence[np.ndarray]) -> "Tensor":
+def _column(values: Sequence[np.ndarray], pin: bool) -> "Tensor":
     """Page-locked where there is a GPU, so that the copy to it runs beside the step."""
     import torch
 
     first = np.asarray(values[0])
     kind = torch.from_numpy(np.empty(0, first.dtype)).dtype
-    pinned = torch.cuda.is_available()
+    pinned = pin and torch.cuda.is_available()
     column = torch.empty((len(values), *first.shape), dtype=kind, pin_memory=pinned)
     np.stack(values, out=column.numpy())
     return column

@@ -62,7 +62,7 @@ class RegionLoss(nn.Module):
             if config.batch_dice:
                 sums, share = _over_ranks((share > 0) * sums.sum(dim=2)), part
             total = total + config.dice_weight * share * (1 - _dice(sums)).flatten(1).mean(dim=1)
-        return total @ weights / weights.sum()
+        return (total * weights).sum() / weights.sum()  # no matrix product: autocast would round it
 
     def _voxelwise(self, logits: Tensor, target: Tensor) -> Tensor:
         config, total = self._config, logits.new_zeros(())

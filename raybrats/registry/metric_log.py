@@ -76,6 +76,8 @@ class MetricLog:
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Sends what waits; what the server has not taken by then stays in the spool."""
+        if self._closing:
+            return
         with self._changed:
             self._closing = True
             self._changed.notify_all()

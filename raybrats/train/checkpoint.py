@@ -37,6 +37,8 @@ class Checkpoint:
     """Of the validation at this step; empty if there was none."""
     finished: bool
     """Whether the run ended with it."""
+    progress: Mapping[str, Any]
+    """How far the learner was."""
     config_digest: str
     files: Mapping[str, bytes]
     """Verified bytes by file name."""
@@ -80,6 +82,7 @@ class Snapshot:
     weights: Mapping[str, Tensor]
     state: Mapping[str, Any]
     """Tensors and plain values: everything else that resuming needs."""
+    progress: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     finished: bool = False
     world: int = 1
@@ -111,12 +114,21 @@ def write(run_uri: str, config: TrainConfig, snapshot: Snapshot) -> str:
         "config_digest": digest(config),
         "world": snapshot.world,
         "mlflow_run_id": snapshot.mlflow_run_id,
-        "finished": snapshot.finished,
-        "metrics": dict(snapshot.metrics),
+        **_judgement(snapshot),
         "files": {n: {"size": len(d), "digest": storage.digest_of(d)} for n, d in files.items()},
     }
-    sealed = json.dumps(manifest | {"digest": _seal(manifest)}, indent=1)
-    storage.write_bytes(storage.join(uri, MANIFEST), sealed.encode())
+    _write_manifest(uri, manifest)
+    return uri
+
+
+def judge(run_uri: str, snapshot: Snapshot) -> str:
+    """Adds a validation to the checkpoint of its step: the manifest is replaced, and nothing else.
+
+    Raises:
+        CheckpointError: there is none of that step.
+    """
+    uri = place(run_uri, snapshot.step)
+    _write_manifest(uri, _facts(uri) | _judgement(snapshot))
     return uri
 
 
@@ -139,10 +151,12 @@ def newest(run_uri: str) -> Checkpoint | None:
     """
     candidates, rejected = _finished(run_uri), []
     for uri in reversed(candidates):
-        try:
-            return replace(read(uri), rejected=tuple(rejected))
-        except CheckpointError:
-            rejected.append(put_aside(uri))
+        for tries_left in (1, 0):
+            try:
+                return replace(read(uri), rejected=tuple(rejected))
+            except CheckpointError:
+                if not tries_left:  # twice: it was not the way that spoiled it
+                    rejected.append(put_aside(uri))
     if candidates or any("/quarantine/" in uri for uri in _objects(run_uri)):
         place = storage.join(run_uri, "checkpoints", "quarantine")
         raise CheckpointError(f"no checkpoint of {run_uri} verifies; they are kept in {place}")
@@ -175,8 +189,8 @@ def read(uri: str) -> Checkpoint:
             )
             for name, facts in manifest["files"].items()
         }
-    facts = (manifest[name] for name in ("step", "metrics", "finished", "config_digest"))
-    return Checkpoint(uri, *facts, files)
+    names = ("step", "metrics", "finished", "progress", "config_digest")
+    return Checkpoint(uri, *(manifest[name] for name in names), files)
 
 
 def verify(uri: str) -> None:
@@ -229,6 +243,20 @@ def _finished(run_uri: str) -> list[str]:
     """Checkpoints that were written to the end, so to their manifest; oldest first."""
     names = sorted(match[1] for uri in _objects(run_uri) if (match := _FINISHED.search(uri)))
     return [storage.join(run_uri, "checkpoints", name) for name in names]
+
+
+def _judgement(snapshot: Snapshot) -> dict[str, Any]:
+    """What a validation adds to a checkpoint."""
+    return {
+        "finished": snapshot.finished,
+        "progress": dict(snapshot.progress),
+        "metrics": dict(snapshot.metrics),
+    }
+
+
+def _write_manifest(uri: str, manifest: Mapping[str, Any]) -> None:
+    sealed = json.dumps({**manifest, "digest": _seal(manifest)}, indent=1)
+    storage.write_bytes(storage.join(uri, MANIFEST), sealed.encode())
 
 
 def _facts(uri: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
         RaybratsError: the cause in a worker, where it was one that a user can act on.
         KeyboardInterrupt: as it came; the workers have ended.
     """
-    ended = _ended(job)
+    ended, rejected = _ended(job)
     if ended is not None:
         return ended
     trainer = _trainer(job, callbacks)
@@ -52,7 +52,7 @@ def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
     if "failed" in found:
         kind, words = found["failed"]
         raise getattr(errors, kind, RaybratsError)(words)
-    return found
+    return {**found, "rejected": found.get("rejected", 0) + rejected}
 
 
 def uses_gpu(config: TrainConfig) -> bool:
@@ -116,24 +116,27 @@ class _Restarts(UserCallback):
             self._board.restart.remote(f"worker {rank} failed: {words}")
 
 
-def _ended(job: Job) -> dict[str, Any] | None:
-    """What a run came to that has ended already, unless its last checkpoint is damaged."""
+def _ended(job: Job) -> tuple[dict[str, Any] | None, int]:
+    """What a run came to that has ended already, and how many damaged checkpoints were found."""
     saved = checkpoint.written(job.run_uri)
-    if saved and saved[-1].finished:
-        last = checkpoint.newest(job.run_uri)
-        if last and last.finished:
-            return {"step": last.step, **last.metrics}
-    return None
+    if not (saved and saved[-1].finished):
+        return None, 0
+    last = checkpoint.newest(job.run_uri)
+    rejected = len(last.rejected) if last else 0
+    if not (last and last.finished):
+        return None, rejected
+    return {"step": last.step, "rejected": rejected, **last.metrics}, rejected
 
 
 def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> _Trainer:
     config, wanted = job.config, job.config.cluster
     gpu, timeout_s = uses_gpu(config), wanted.collective_timeout_s
-    # Of Ray Train's own barriers, and of a worker that does not answer: for ever, and 10 minutes.
-    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(timeout_s)
+    # Of Ray Train's own barriers, where ranks wait for the checkpoint of a validation, and of a
+    # worker that does not answer. Ray's defaults are for ever and 10 minutes.
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(wanted.stall_s)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_s)
     attempt = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    elastic = (wanted.min_workers, wanted.workers)
+    elastic = (wanted.min_workers, max(wanted.min_workers, _most_workers(config)))
     return _Trainer(
         work,
         train_loop_config={"job": job},
@@ -154,6 +157,14 @@ def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> _Trainer:
             callbacks=[*callbacks, _Restarts(config.run.name, job.board)],
         ),
     )
+
+
+def _most_workers(config: TrainConfig) -> int:
+    """Workers that leave CPUs for decoding: Ray's elastic policy would give them all away."""
+    wanted = config.cluster
+    spare = max(cluster.DATA_CPUS, config.data.cpus_per_task)
+    fitting = (cluster.resources()["CPU"] - spare) / wanted.cpus_per_worker
+    return min(wanted.workers, int(fitting))
 
 
 def _root(failures: Mapping[int, str]) -> tuple[int, str]:

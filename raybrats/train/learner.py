@@ -17,7 +17,7 @@ from raybrats.model.loss import RegionLoss
 from raybrats.model.network import build, heads, load_weights, weights_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_PROGRESS = ("best", "stale", "skipped")
+_PROGRESS = ("step", "best", "stale", "skipped", "judged_at")
 
 
 @dataclass
@@ -37,10 +37,12 @@ class Learner:
     average: AveragedModel | None = None
     """Exponential moving average of the weights, where the run wants one."""
     step: int = 0
-    best: float = -math.inf
-    """Highest mean region Dice of a validation so far."""
+    best: float = -1.0
+    """Highest mean region Dice of a validation so far; below all before the first."""
     stale: int = 0
     """Validations since."""
+    judged_at: int = 0
+    """Step of the last validation."""
     skipped: int = 0
     """Steps that had no finite gradient, of the whole run."""
     skipped_in_a_row: list[int] = field(default_factory=list)
@@ -73,7 +75,6 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "torch_rng": torch.get_rng_state(),
-            "progress": {name: getattr(self, name) for name in _PROGRESS},
         }
         if self.average is not None:
             state["raw_weights"] = weights_of(self.bare)
@@ -82,7 +83,13 @@ class Learner:
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state
 
-    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Any], step: int) -> None:
+    def progress(self) -> dict[str, float]:
+        """How far it is: what a validation changes of it."""
+        return {name: getattr(self, name) for name in _PROGRESS}
+
+    def restore(
+        self, weights: Mapping[str, Tensor], state: Mapping[str, Any], progress: Mapping[str, Any]
+    ) -> None:
         """Continues from a checkpoint.
 
         Raises:
@@ -100,8 +107,7 @@ class Learner:
         if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         for name in _PROGRESS:
-            setattr(self, name, state["progress"][name])
-        self.step = step
+            setattr(self, name, progress[name])
 
 
 def new_learner(config: TrainConfig, device: torch.device) -> Learner:
@@ -184,7 +190,7 @@ def _compiled(learner: Learner) -> nn.Module:
 
 
 def _require_state(learner: Learner, state: Mapping[str, Any]) -> None:
-    wanted = {"optimizer", "scaler", "torch_rng", "progress"}
+    wanted = {"optimizer", "scaler", "torch_rng"}
     if learner.average is not None:
         wanted |= {"raw_weights", "averaged"}
     apart = [f"{name} is missing" for name in sorted(wanted - set(state))]

@@ -30,6 +30,8 @@ EXPIRY_S = 20.0
 _LOOKS = 20
 """At the lease while it is watched; counted, so that an outage of the store is no sign of death."""
 
+_OURS: set[str] = set()
+"""Tokens of this process; another one with its pid is what an earlier run could not remove."""
 _TURNS = 10
 """Of trying again because the holder has ended, or two took over at once; each is rare."""
 
@@ -80,17 +82,20 @@ def held(run_uri: str, on_lost: Callable[[str], None]) -> Iterator[None]:
     """
     uri = storage.join(run_uri, NAME)
     mine = _own()
-    _take(uri, mine)
     ended = Event()
     thread = Thread(target=_keep, args=(uri, mine, on_lost, ended), name="lease", daemon=True)
-    thread.start()
+    _OURS.add(mine.token)
     try:
+        _take(uri, mine)
+        thread.start()
         yield
     finally:
         ended.set()
-        thread.join(RENEW_S)
-        if not thread.is_alive():  # a renewal that hangs would undo the removal
-            _release(uri, mine)
+        if thread.ident is not None:
+            thread.join(RENEW_S)
+            if not thread.is_alive():  # a renewal that hangs would undo the removal
+                _release(uri, mine)
+        _OURS.discard(mine.token)
 
 
 def _take(uri: str, mine: Lease) -> None:
@@ -116,7 +121,8 @@ def _take(uri: str, mine: Lease) -> None:
 def _dead(uri: str, seen: bytes, mine: Lease) -> bool:
     lease = _parse(seen)
     if lease and lease.started is not None and None not in mine.place and lease.place == mine.place:
-        return not _lives(lease.pid, lease.started)
+        own = (lease.pid, lease.started) == (mine.pid, mine.started)
+        return lease.token not in _OURS if own else not _lives(lease.pid, lease.started)
     print(  # noqa: T201
         f"waiting up to {EXPIRY_S:g} s for {_words(lease)}, who holds {_run(uri)}, to show life",
         file=sys.stderr,

@@ -36,7 +36,7 @@ class Hooks:
 
 @dataclass
 class Pace:
-    """Where the time of the steps goes, but for the first one, which waits for the stream."""
+    """Where the time of some steps goes; the first batch of all is waited for before."""
 
     global_batch: int
     steps: int = 0
@@ -44,8 +44,9 @@ class Pace:
     wait_s: float = 0.0
     losses: list[Tensor] = field(default_factory=list)
 
-    def add(self, seconds: float, wait_s: float) -> None:
+    def add(self, loss: Tensor, seconds: float, wait_s: float) -> None:
         """Counts a step."""
+        self.losses.append(loss)
         self.steps, self.seconds = self.steps + 1, self.seconds + seconds
         self.wait_s += wait_s
 
@@ -73,26 +74,25 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
     Raises:
         DivergedError: no step of the last ones had a finite gradient.
     """
-    config, metrics = learner.config, {}
-    pace, feed = Pace(config.optim.global_batch), inputs(learner, batches)
-    coming = next(feed)
-    while learner.step < config.optim.steps:
-        coming = _timed_step(learner, coming, feed, pace)
-        ended = learner.step == config.optim.steps
-        if learner.step % LOG_EVERY_STEPS == 0 or ended:
-            hooks.tell(_figures(learner, pace))
-        if learner.step % config.validation.every_steps == 0 or ended:
+    config, metrics, coming = learner.config, {}, None
+    pace, recent = Pace(config.optim.global_batch), Pace(config.optim.global_batch)
+    feed = inputs(learner, batches)
+    while True:
+        if _is_due(learner):
             metrics = _judge(learner, hooks.validate())
             hooks.tell({f"val/dice_{name}": value for name, value in metrics.items()})
             metrics |= pace.figures()
-            ended = ended or 0 < config.validation.patience <= learner.stale
+            ended = _has_ended(learner)
             hooks.save(metrics, ended)
-        elif learner.step % config.run.save_every_steps == 0:
+            if ended:
+                return metrics
+        coming = _timed_step(learner, coming or next(feed), feed, (pace, recent))
+        if learner.step % LOG_EVERY_STEPS == 0 or learner.step == config.optim.steps:
+            hooks.tell(_figures(learner, recent))
+            recent = Pace(config.optim.global_batch)
+        if learner.step % config.run.save_every_steps == 0 and not _is_due(learner):
             hooks.save({}, False)
-        if ended:
-            break
         hooks.heed()
-    return metrics
 
 
 def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
@@ -108,13 +108,15 @@ def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
     return scores
 
 
-def gathered(scores: list[list[float]]) -> list[list[float]]:
+def gathered(
+    scores: list[list[float]], group: torch.distributed.ProcessGroup | None = None
+) -> list[list[float]]:
     """The scores of all ranks in the order of the cases, of which rank r has r, r + world, ..."""
     world = world_size()
     if world == 1:
         return scores
     everyone: list[list[list[float]]] = [[] for _ in range(world)]
-    torch.distributed.all_gather_object(everyone, scores)
+    torch.distributed.all_gather_object(everyone, scores, group=group)
     count = sum(map(len, everyone))
     return [everyone[place % world][place // world] for place in range(count)]
 
@@ -126,15 +128,26 @@ def mean_scores(scores: Sequence[Sequence[float]], regions: Sequence[str]) -> di
     return {**means, "mean": sum(means.values()) / len(means)}
 
 
+def _is_due(learner: Learner) -> bool:
+    """Whether the step that was done last wants a validation that it has not had."""
+    step, config = learner.step, learner.config
+    due = step % config.validation.every_steps == 0 or step >= config.optim.steps
+    return step > 0 and due and learner.judged_at != step
+
+
+def _has_ended(learner: Learner) -> bool:
+    patience = learner.config.validation.patience
+    return learner.step >= learner.config.optim.steps or 0 < patience <= learner.stale
+
+
 def _timed_step(
-    learner: Learner, coming: Inputs, feed: Iterator[Inputs], pace: Pace
+    learner: Learner, coming: Inputs, feed: Iterator[Inputs], paces: Sequence[Pace]
 ) -> Inputs | None:
     """A step; meanwhile the next batch is made ready, and returned."""
-    first, began = not pace.losses and not pace.steps, time.perf_counter()
+    began = time.perf_counter()
     gpu = learner.device.type == "cuda"
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if gpu else []
-    pace.losses.append(backward(learner, coming))
-    following = None
+    loss, following = backward(learner, coming), None
     for mark in marks[:1]:
         mark.record()
     if learner.step + 1 < learner.config.optim.steps:
@@ -143,9 +156,9 @@ def _timed_step(
         mark.record()
     update(learner)  # waits for the device
     # On a GPU only what the device itself waited counts: between its last kernel and the next.
-    wait_s = marks[0].elapsed_time(marks[1]) / 1e3 if gpu else (following or coming).wait_s
-    if not first:
-        pace.add(time.perf_counter() - began, wait_s)
+    wait_s = marks[0].elapsed_time(marks[1]) / 1e3 if gpu else following.wait_s if following else 0
+    for pace in paces:
+        pace.add(loss, time.perf_counter() - began, wait_s)
     return following
 
 
@@ -153,7 +166,6 @@ def _figures(learner: Learner, pace: Pace) -> dict[str, float]:
     """Loss of all ranks since the last time, the pace, and how the device does."""
     losses = torch.stack(pace.losses)
     loss = losses[torch.isfinite(losses)].mean()  # not those of steps that were skipped
-    pace.losses.clear()
     world = world_size()
     if world > 1:
         torch.distributed.all_reduce(loss)
@@ -175,5 +187,5 @@ def _judge(learner: Learner, scores: Sequence[Sequence[float]]) -> dict[str, flo
     means = mean_scores(scores, REGIONS)
     better = means["mean"] > learner.best
     learner.stale = 0 if better else learner.stale + 1
-    learner.best = max(learner.best, means["mean"])
+    learner.best, learner.judged_at = max(learner.best, means["mean"]), learner.step
     return means

@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from raybrats.config import TrainConfig, digest, to_json
+from raybrats.config import TrainConfig, deciding, digest, to_json
 from raybrats.data import storage
 from raybrats.data.cohort import Case
 from raybrats.errors import (
     CheckpointError,
     MissingObjectError,
     RegistrationError,
+    StorageError,
     TrackingError,
     UsageError,
 )
 from raybrats.registry import metric_log, tracking
 from raybrats.registry.tracking import Run
+from raybrats.train import checkpoint
 
 NAME = "run.json"
 
@@ -51,6 +53,8 @@ def earlier(config: TrainConfig, run_uri: str) -> dict[str, Any] | None:
         return None
     if config.run.resume == "never":
         raise UsageError(f"run.resume is never, but {run_uri} exists; choose another run.name")
+    if config.run.resume == "must" and not checkpoint.written(run_uri):
+        raise UsageError(f"run.resume is must, but {run_uri} has no checkpoint")
     if known["digest"] != digest(config):
         fields = ", ".join(_differences(known["config"], json.loads(to_json(config))))
         raise UsageError(
@@ -109,7 +113,7 @@ def settle_tracking(config: TrainConfig, run_uri: str, run: Run, cases: Sequence
             run = tracking.start(config)
             _write(config, run_uri, run, cases)
         metric_log.replay(run, metrics_uri(run_uri))
-    except TrackingError as error:
+    except (TrackingError, StorageError) as error:
         raise RegistrationError(
             f"{error}; the run is trained and kept in {run_uri}: the same command with "
             f"--run.name {config.run.name} sends its metrics and registers it"
@@ -139,10 +143,10 @@ def _cohort_digest(cases: Sequence[Case]) -> str:
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Dotted fields that decide the weights and differ."""
-    ignored = ("cluster", "tracking")
-    found = []
-    for section, values in now.items():
-        if isinstance(values, dict) and section not in ignored:
-            old = before.get(section, {})
-            found += [f"{section}.{k}" for k, v in values.items() if old.get(k) != v]
-    return [name for name in found if not name.startswith("run.") or name == "run.seed"]
+    old, new = deciding(before), deciding(now)
+    return [
+        f"{section}.{name}"
+        for section, values in new.items()
+        for name, value in values.items()
+        if old.get(section, {}).get(name) != value
+    ]

@@ -22,7 +22,7 @@ from raybrats.registry.package import Version
 from raybrats.registry.tracking import Run
 from raybrats.train import checkpoint, gauges, launch, lease, record
 from raybrats.train.job import Job
-from raybrats.train.stop import Stop, on_sigterm
+from raybrats.train.stop import Stop, interruptible, on_sigterm
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> Result:
     config = _with_name(config)
     run_uri, stop = _run_uri(config), Stop()
     try:
-        with lease.held(run_uri, stop.now):
+        with interruptible(), lease.held(run_uri, stop.taken_over):
             return _train(config, run_uri, stop)
     except KeyboardInterrupt:
         if stop.error is not None:
@@ -76,10 +76,15 @@ def _train(config: TrainConfig, run_uri: str, stop: Stop) -> Result:
         run = record.settle_tracking(config, run_uri, run, cases)
         version = register_best(config, run_uri, cases, run)
     except BaseException as error:
-        with suppress(TrackingError):  # the first error is the one to tell
-            tracking.finish(run, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit) and not stop.error
+        if not stop.lost:
+            with suppress(TrackingError):  # the first error is the one to tell
+                tracking.finish(run, "KILLED" if interrupted else "FAILED")
         raise
-    tracking.finish(run)
+    try:
+        tracking.finish(run)
+    except TrackingError as error:
+        print(f"trained and registered, but not closed in MLflow: {error}", file=sys.stderr)  # noqa: T201
     return Result(
         run_uri=run_uri,
         mlflow_run_id=run.run_id,

@@ -14,7 +14,7 @@ from raybrats.config import TrainConfig
 from raybrats.data import storage
 from raybrats.errors import CheckpointError, DivergedError, StorageError
 from raybrats.train import checkpoint
-from raybrats.train.checkpoint import Snapshot
+from raybrats.train.checkpoint import Checkpoint, Snapshot, Written
 from raybrats.train.learner import Learner, world_size
 
 _LOG = logging.getLogger(__name__)
@@ -29,16 +29,16 @@ class Saver:
         self,
         run_uri: str,
         mlflow_run_id: str = "",
-        resumed: str = "",
+        resumed: Checkpoint | Written | None = None,
         first: Callable[[], None] = lambda: None,
     ) -> None:
         """Of a run that goes on from `resumed`; `first` is called before each is written."""
         self.rejected = 0
         """Checkpoints that did not read back as they were written."""
-        self.saved = -1
-        """Step of the newest one that verified."""
+        self.saved = resumed.step if resumed else -1
+        """Step of the newest one that verified; a validation of it is added to what is there."""
         self._run_uri, self._mlflow_run_id, self._before = run_uri, mlflow_run_id, first
-        self._verified = [resumed] if resumed else []
+        self._verified = [resumed.uri] if resumed else []
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._failed, self._step = 0, -1
@@ -52,7 +52,7 @@ class Saver:
             StorageError: several in a row could not be written, or the last one of the run.
             DivergedError: the weights are not finite; nothing is written.
         """
-        if learner.step == self._step and not metrics:  # a validation adds its own to what is there
+        if learner.step in (self.saved, self._step) and not metrics:
             return
         self.wait()
         self._step = learner.step
@@ -64,6 +64,7 @@ class Saver:
             step=learner.step,
             weights=weights,
             state=state,
+            progress=learner.progress(),
             metrics=dict(metrics),
             finished=finished,
             world=world_size(),
@@ -97,27 +98,36 @@ class Saver:
 
     def _written(self, config: TrainConfig, snapshot: Snapshot) -> bool:
         """Whether it verified; else older ones are as they were, and the next save tries anew."""
+        uri = checkpoint.place(self._run_uri, snapshot.step)
+        judged = snapshot.step == self.saved  # the weights are there, and good
         try:
-            uri = checkpoint.write(self._run_uri, config, snapshot)
+            if judged:
+                checkpoint.judge(self._run_uri, snapshot)
+            else:
+                checkpoint.write(self._run_uri, config, snapshot)
             checkpoint.verify(uri)
         except (StorageError, CheckpointError) as error:
-            self._failed += 1
-            self._step = -1
             _LOG.warning("checkpoint of step %d: %s", snapshot.step, error)
-            uri = checkpoint.place(self._run_uri, snapshot.step)
-            if isinstance(error, CheckpointError):
-                self.rejected += 1
-                checkpoint.put_aside(uri)
-            elif not storage.is_remote(uri):  # room on a disk that may be full
-                with suppress(StorageError):
-                    storage.delete(uri)
+            self._failed, self._step = self._failed + 1, -1
+            with suppress(StorageError):  # of what is left of it; it has no manifest that holds
+                self._clear(uri, error, judged)
             if self._failed >= TRIES:
                 raise
             return False
         self._failed, self.saved = 0, snapshot.step
         self._verified = [*[u for u in self._verified if u != uri][-1:], uri]
-        checkpoint.prune(self._run_uri, self._verified)
+        try:
+            checkpoint.prune(self._run_uri, self._verified)
+        except StorageError as error:  # more are kept than need be
+            _LOG.warning("older checkpoints stay: %s", error)
         return True
+
+    def _clear(self, uri: str, error: Exception, judged: bool) -> None:
+        if isinstance(error, CheckpointError):
+            self.rejected, self.saved = self.rejected + 1, -1
+            checkpoint.put_aside(uri)
+        elif not judged and not storage.is_remote(uri):  # room on a disk that may be full
+            storage.delete(uri)
 
 
 def copied(state: Any, kept: Any) -> Any:  # noqa: ANN401 - a tree of what an optimiser keeps

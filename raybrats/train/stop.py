@@ -24,11 +24,32 @@ class Stop:
     def __init__(self) -> None:
         self.error: RaybratsError | None = None
         """Why, if not because somebody interrupted it."""
+        self.lost = False
+        """Whether the run is another driver's now."""
 
     def now(self, words: str) -> None:
         """Ends it with an error of these words."""
         self.error = RaybratsError(words)
         os.kill(os.getpid(), signal.SIGINT)
+
+    def taken_over(self, words: str) -> None:
+        """Ends it, for the run is another driver's now."""
+        self.lost = True
+        self.now(words)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts, also where a shell has started this process in the background."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
@@ -51,8 +72,11 @@ def on_sigterm(board: "ActorHandle", grace_s: float) -> Iterator[None]:
                 time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
+    leaving = threading.Thread(target=leave, daemon=True)
+
     def told(*_: object) -> None:
-        threading.Thread(target=leave, daemon=True).start()
+        if leaving.ident is None:  # the first time
+            leaving.start()
 
     before = signal.signal(signal.SIGTERM, told)
     try:

@@ -84,6 +84,8 @@ def search(config: TrainConfig, space: Sequence[str], num_trials: int) -> Sweep:
     }
     config = override_all(config, uris)
     domains = parse_space(space, config)
+    if not config.tracking.required:
+        raise UsageError("tracking.required must be true in a sweep, which compares by MLflow")
     if num_trials < 1:
         raise UsageError(f"--trials must be >= 1, got {num_trials}")
     cluster.connect(dashboard=True)

@@ -2,10 +2,13 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import astuple, fields
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import ray.train
 import ray.train.torch
@@ -13,6 +16,7 @@ import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from raybrats import errors
 from raybrats.config import TrainConfig, digest
 from raybrats.data.cache import Tally, prepared
 from raybrats.data.case import Case
@@ -22,11 +26,16 @@ from raybrats.data.stream import Share, Stream
 from raybrats.errors import CheckpointError, DivergedError, RaybratsError
 from raybrats.registry.metric_log import MetricLog
 from raybrats.train import checkpoint, gauges, loop, record
+from raybrats.train.checkpoint import Checkpoint, Written
 from raybrats.train.job import Job
 from raybrats.train.learner import Learner, new_learner
 from raybrats.train.loop import Hooks
 from raybrats.train.saver import Saver
 from raybrats.train.stop import Wish
+
+T = TypeVar("T")
+POST_EVERY_S = 1.0
+"""Between two words to the driver, who takes silence for a stall."""
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -44,34 +53,46 @@ def work(job: Job) -> dict[str, Any]:
         torch.set_num_threads(math.ceil(job.config.cluster.cpus_per_worker))
     learner = new_learner(job.config, device)
     try:
-        found = _resume(job, learner, rank)
-        if found.get("finished"):
-            return {"step": learner.step, **found["metrics"]}
+        found, rejected = _resume(job, learner, rank)
+        if found is not None and found.finished:
+            return {"step": learner.step, "rejected": rejected, **found.metrics}
         if world > 1:
             ids = [device.index] if device.type == "cuda" else None
             learner.network = DistributedDataParallel(learner.network, device_ids=ids)
         share = Share(rank, world, learner.step, job.config.optim.steps, job.data_cpus)
-        with _Worker(job, learner, share, found) as worker:
+        with _Worker(job, learner, share, (found, rejected)) as worker:
             return worker.run()
-    except (DivergedError, CheckpointError) as error:
+    except (DivergedError, CheckpointError) as error:  # on all ranks alike
         return {"failed": (type(error).__name__, _with_cases(job, learner, error))}
+
+
+class _AloneError(Exception):
+    """An error that the other ranks do not have: Ray ends them, and starts all again."""
 
 
 class _Worker:
     """One rank of a run; rank 0 also logs, saves and listens to the driver."""
 
-    def __init__(self, job: Job, learner: Learner, share: Share, found: Mapping[str, Any]) -> None:
+    def __init__(
+        self, job: Job, learner: Learner, share: Share, resumed: tuple[Written | None, int]
+    ) -> None:
         self._job, self._learner, self._share = job, learner, share
         self._stream = Stream(job.config, job.train_cases, share)
         self._first = share.rank == 0
-        self._extra: dict[str, Any] = {"rejected": found.get("rejected", 0)}
+        found, rejected = resumed
+        self._extra: dict[str, Any] = {"rejected": rejected}
+        self._remark, self._posted_s = "", 0.0
+        # Shares of a validation differ by a case, which may take longer than a step may.
+        patience = timedelta(seconds=job.config.cluster.stall_s)
+        several = share.world > 1
+        self._patient = torch.distributed.new_group(None, patience, "gloo") if several else None
         if self._first:
             self._log = MetricLog(job.tracking, record.metrics_uri(job.run_uri))
             # What a checkpoint has behind it is not trained again, so its metrics are safe first.
-            resumed, settle = found.get("uri", ""), self._log.settle
-            self._saver = Saver(job.run_uri, job.tracking.run_id, resumed, first=settle)
+            run_id, settle = job.tracking.run_id, self._log.settle
+            self._saver = Saver(job.run_uri, run_id, found, first=settle)
             self._wish = Wish(job.board)
-            self._gauges = gauges.Gauges(job.config.run.name, self._extra["rejected"])
+            self._gauges = gauges.Gauges(job.config.run.name, rejected)
 
     def __enter__(self) -> "_Worker":
         return self
@@ -94,13 +115,13 @@ class _Worker:
 
     def _validate(self) -> list[list[float]]:
         mine = self._job.held_out[self._share.rank :: self._share.world]
-        return loop.gathered(loop.validate(self._learner, self._heeding(mine)))
+        return loop.gathered(loop.validate(self._learner, self._heeding(mine)), self._patient)
 
     def _heeding(self, cases: tuple[Case, ...]) -> Iterator[Prepared]:
         """The cases of a validation; it may be long, so the driver is heeded between them."""
         for number, case in enumerate(_prepared(self._job.config, cases), 1):
+            self._remark = f"validating, case {number} of {len(cases)}"
             self._heed()
-            self._post(f"validating, case {number} of {len(cases)}")
             yield case
 
     def _tell(self, figures: Mapping[str, float]) -> None:
@@ -116,68 +137,86 @@ class _Worker:
         self._extra["uncached"] = int(tally["failed"])
         self._log.log({**figures, **cached}, self._learner.step)
         self._gauges.show(figures, tally)
-        self._post(f"loss {figures['train/loss']:.3f}, {figures['patches_per_s']:.1f} patches/s")
+        loss, speed = figures["train/loss"], figures["patches_per_s"]
+        self._remark = f"loss {loss:.3f}, {speed:.1f} patches/s"
 
     def _save(self, metrics: Mapping[str, float], finished: bool) -> None:
         """A checkpoint, by rank 0; after a validation Ray Train is told too."""
         if self._first:
-            self._saver.save(self._learner, metrics, finished)
-            if metrics:  # a sweep may end this trial by what it reports: its score is kept first
-                self._saver.wait()
+            with _alone():
+                self._saver.save(self._learner, metrics, finished)
+                if metrics:  # a sweep may end this trial by what it reports: its score comes first
+                    self._saver.wait()
             self._extra["rejected"] += self._gauges.reject(self._saver.rejected)
         if metrics:
             ray.train.report({"step": self._learner.step, **metrics})
 
     def _heed(self) -> None:
         """Saves at once if the driver is about to stop, or a node of the run about to go."""
-        if self._first and (reason := self._wish.due()):
-            self._saver.save(self._learner, {})
-            self._saver.wait()
+        if not self._first:
+            return
+        now_s = time.monotonic()
+        if self._job.board is not None and now_s - self._posted_s > POST_EVERY_S:
+            self._posted_s = now_s
+            self._job.board.post.remote(self._learner.step, self._remark)
+        if reason := self._wish.due():
+            with _alone():
+                for _ in range(2):  # one may fail
+                    self._saver.save(self._learner, {})
+                    self._saver.wait()
             self._wish.granted(self._saver.saved, reason)
 
-    def _post(self, remark: str) -> None:
-        if self._first and self._job.board is not None:
-            self._job.board.post.remote(self._learner.step, remark)
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    try:
+        yield
+    except RaybratsError as error:
+        raise _AloneError(f"rank 0: {error}") from error
 
 
-def _resume(job: Job, learner: Learner, rank: int) -> dict[str, Any]:
-    """Loads the checkpoint that rank 0 chose; what is known of it.
+def _resume(job: Job, learner: Learner, rank: int) -> tuple[Written | None, int]:
+    """Loads the checkpoint that rank 0 chose; what it is, and how many newer ones were bad.
 
     Raises:
-        CheckpointError: there were some, and none can be trusted or fits; on all ranks.
+        RaybratsError: there were some, and none can be trusted, reached or fits; on all ranks.
     """
-    chosen: list[dict[str, Any]] = [{}]
-    found = None
+    found, told = None, _told(lambda: None)
     if rank == 0:
-        try:
-            found = checkpoint.newest(job.run_uri)
-            _require_same(job.config, found)
-            chosen = [_facts(found) if found else {}]
-        except RaybratsError as error:
-            chosen = [{"error": str(error)}]
+        told = _told(lambda: checkpoint.newest(job.run_uri))
+        found = told[1]
+    chosen = [(told[0], found.uri if found else "", len(found.rejected) if found else 0)]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(chosen, src=0)
-    (facts,) = chosen
-    if "error" in facts:
-        raise CheckpointError(facts["error"])
-    if facts:
-        found = found or checkpoint.read(facts["uri"])
-        learner.restore(found.weights, found.state, found.step)
-    return facts
+    ((error, uri, rejected),) = chosen
+    if uri and not error:
+        error, found = _told(lambda: _restored(job.config, learner, found or checkpoint.read(uri)))
+    errors_of_all = [error]
+    if torch.distributed.is_initialized():
+        errors_of_all = [None] * loop.world_size()
+        torch.distributed.all_gather_object(errors_of_all, error)
+    for kind, words in filter(None, errors_of_all):
+        raise getattr(errors, kind)(words)
+    resumed = Written(found.uri, found.step, found.metrics, found.finished) if found else None
+    return resumed, rejected
 
 
-def _facts(found: checkpoint.Checkpoint) -> dict[str, Any]:
-    rejected = len(found.rejected)
-    return {
-        "uri": found.uri,
-        "rejected": rejected,
-        "metrics": dict(found.metrics),
-        "finished": found.finished,
-    }
+def _told(action: Callable[[], T]) -> tuple[tuple[str, str] | None, T | None]:
+    """The kind and the words of an action's error, or else what it returns."""
+    try:
+        return None, action()
+    except RaybratsError as error:
+        return (type(error).__name__, str(error)), None
 
 
-def _require_same(config: TrainConfig, found: checkpoint.Checkpoint | None) -> None:
-    if found is not None and found.config_digest != digest(config):
+def _restored(config: TrainConfig, learner: Learner, found: Checkpoint) -> Checkpoint:
+    _require_same(config, found)
+    learner.restore(found.weights, found.state, found.progress)
+    return found
+
+
+def _require_same(config: TrainConfig, found: Checkpoint) -> None:
+    if found.config_digest != digest(config):
         raise CheckpointError(f"{found.uri} was written with another configuration")
 
 

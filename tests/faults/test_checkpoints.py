@@ -1,6 +1,7 @@
 """F7, F8, F10 and F11: checkpoints damaged, cut in their upload, or without room on the disk."""
 
 import io
+import os
 import random
 import resource
 import subprocess
@@ -33,7 +34,8 @@ def learner():
 
 
 def save(run_uri, learner, step, **facts):
-    snapshot = Snapshot(step, learner.weights(), learner.state(), **facts)
+    progress = learner.progress() | {"step": step}
+    snapshot = Snapshot(step, learner.weights(), learner.state(), progress, **facts)
     return checkpoint.write(run_uri, learner.config, snapshot)
 
 
@@ -85,7 +87,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(tmp_path, learner):
     found = checkpoint.newest(str(tmp_path))
     assert (found.step, len(found.rejected)) == (2, 1), "it was damaged"
     second = new_learner(CONFIG, CPU)
-    second.restore(found.weights, found.state, found.step)
+    second.restore(found.weights, found.state, found.progress)
     for batch in list(batches(CONFIG, CASES, (0, 1, 2)))[:2]:
         train_step(second, batch)
     assert all(torch.equal(t, whole.weights()[n]) for n, t in second.weights().items())
@@ -149,7 +151,40 @@ def test_what_was_saved_on_a_notice_is_saved_again_with_its_validation(tmp_path,
     saver.close()
     (found,) = checkpoint.written(str(tmp_path))
     assert (found.metrics, found.finished) == ({"mean": 0.5}, True)
-    assert checkpoint.read(found.uri).step == learner.step
+    assert checkpoint.read(found.uri).progress["step"] == learner.step
+
+
+def test_a_validation_is_added_without_touching_the_weights(tmp_path, learner):
+    """A kill in between leaves the one or the other manifest, and both hold."""
+    saver = Saver(str(tmp_path))
+    saver.save(learner, {})
+    saver.wait()
+    uri = checkpoint.written(str(tmp_path))[0].uri
+    files = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.CONFIG)
+    before = [os.stat(f"{uri}/{name}").st_ino for name in files]
+    again = Saver(str(tmp_path), resumed=checkpoint.newest(str(tmp_path)))
+    learner.judged_at = learner.step
+    again.save(learner, {"mean": 0.25}, finished=True)
+    assert [os.stat(f"{uri}/{name}").st_ino for name in files] == before
+    found = checkpoint.newest(str(tmp_path))
+    assert (found.metrics, found.finished) == ({"mean": 0.25}, True)
+    assert found.progress["judged_at"] == learner.step
+    learner.judged_at = 0
+
+
+def test_what_cannot_be_pruned_stops_nothing(tmp_path, learner, monkeypatch):
+    """As where a role may write, but not delete."""
+    saver, refused = Saver(str(tmp_path)), []
+
+    def refuse(*_):
+        refused.append(1)
+        raise StorageError("access refused")
+
+    monkeypatch.setattr(checkpoint, "prune", refuse)
+    for learner.step in (7, 8):
+        saver.save(learner, {})
+        saver.wait()
+    assert (len(refused), saver.saved) == (2, 8)
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):

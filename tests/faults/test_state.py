@@ -47,27 +47,27 @@ def test_many_in_a_row_end_the_run_and_name_the_draws():
     assert all(torch.isfinite(t).all() for t in learner.weights().values())
 
 
-@pytest.mark.parametrize("part", ["optimizer", "scaler", "torch_rng", "progress", "averaged"])
+@pytest.mark.parametrize("part", ["optimizer", "scaler", "torch_rng", "averaged"])
 def test_a_state_without_a_part_is_refused(part):
     """F12."""
     learner, _ = steps(override(CONFIG, "optim.ema_decay", 0.5), 1)
     weights, state = learner.weights(), learner.state()
     del state[part]
     with pytest.raises(CheckpointError, match=f"{part} is missing"):
-        new_learner(learner.config, CPU).restore(weights, state, 1)
+        new_learner(learner.config, CPU).restore(weights, state, learner.progress())
 
 
 def test_a_state_of_another_optimiser_or_network_is_refused():
     """F12."""
     learner, _ = steps(CONFIG, 1)
-    weights, state = learner.weights(), learner.state()
+    weights, state, progress = learner.weights(), learner.state(), learner.progress()
     with pytest.raises(CheckpointError, match=r"optimizer\.(betas|momentum)"):
-        new_learner(override(CONFIG, "optim.name", "sgd"), CPU).restore(weights, state, 1)
+        new_learner(override(CONFIG, "optim.name", "sgd"), CPU).restore(weights, state, progress)
     wider = replace(CONFIG, network=NetworkConfig(widths=(8, 8, 8), deep_supervision=1))
     with pytest.raises(CheckpointError, match=r"optimizer exp_avg.*\(4, 4, 3, 3, 3\), not \(8, 4"):
-        new_learner(wider, CPU).restore(weights, state, 1)
+        new_learner(wider, CPU).restore(weights, state, progress)
     with pytest.raises(CheckpointError, match=r"weights of another network"):
-        new_learner(CONFIG, CPU).restore({**weights, "more": torch.zeros(1)}, state, 1)
+        new_learner(CONFIG, CPU).restore({**weights, "more": torch.zeros(1)}, state, progress)
     extra = {**state, "surprise": 1}
     with pytest.raises(CheckpointError, match="surprise is unknown"):
-        new_learner(CONFIG, CPU).restore(weights, extra, 1)
+        new_learner(CONFIG, CPU).restore(weights, extra, progress)

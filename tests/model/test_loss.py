@@ -122,3 +122,13 @@ def test_an_empty_patch_is_no_division_by_zero():
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_round_the_loss(kind):
+    logits = [torch.randn(2, 3, 8, 8, 8) for _ in range(3)]
+    labels = torch.randint(0, 4, (2, 8, 8, 8))
+    loss = RegionLoss(LossConfig())
+    expected = loss(logits, labels)
+    with torch.autocast("cpu", kind):
+        assert torch.equal(loss(logits, labels), expected)

@@ -95,7 +95,7 @@ def test_early_stopping_counts_validations_without_a_better_one():
         loop._judge(learner, [[mean, mean, mean]])
         assert learner.stale == stale
     again = new_learner(CONFIG, CPU)
-    again.restore(learner.weights(), learner.state(), 5)
+    again.restore(learner.weights(), learner.state(), learner.progress())
     assert (again.best, again.stale) == (pytest.approx(0.31), 1)
 
 
@@ -114,3 +114,21 @@ def test_a_run_without_progress_ends_early_and_its_best_is_kept():
         metrics = loop.run(learner, batches(config, CASES, (0, 1, 0)), hooks)
     assert metrics["mean"] == pytest.approx(0.3)
     assert saved == [(2, True, False), (4, True, False), (6, True, False), (8, True, True)]
+
+
+@pytest.mark.parametrize("at", [6, 12])
+def test_a_validation_that_did_not_come_about_is_made_up_for(at):
+    """As after a notice in the middle of it: the step is saved, and its validation is due."""
+    learner, _ = steps(CONFIG, at)
+    done = []
+    hooks = loop.Hooks(
+        validate=lambda: done.append(learner.step) or [[0.5] * 3],
+        tell=lambda _: None,
+        save=lambda metrics, finished: done.append((bool(metrics), finished)),
+        heed=lambda: None,
+    )
+    metrics = loop.run(learner, batches(CONFIG, CASES, (0, 1, at)), hooks)
+    assert metrics["mean"] == 0.5
+    assert done[:2] == [at, (True, at == 12)]
+    assert done[-2:] == [12, (True, True)]
+    assert learner.judged_at == 12

@@ -99,13 +99,15 @@ def test_a_resumed_learner_ends_bit_equal_to_an_uninterrupted_one(
     first = new_learner(config, CPU)
     for batch in batches[:stop]:
         train_step(first, batch)
-    checkpoint.write(str(tmp_path), config, Snapshot(stop, first.weights(), first.state()))
+    checkpoint.write(
+        str(tmp_path), config, Snapshot(stop, first.weights(), first.state(), first.progress())
+    )
     del first
     torch.manual_seed(99)
 
     found = checkpoint.newest(str(tmp_path))
     second = new_learner(config, CPU)
-    second.restore(found.weights, found.state, found.step)
+    second.restore(found.weights, found.state, found.progress)
     assert second.step == stop
     again = [train_step(second, batch) for batch in batches[stop:]]
     assert torch.equal(torch.stack(again), torch.stack(losses[stop:]))
@@ -117,7 +119,7 @@ def test_random_numbers_go_on_where_they_were():
     torch.rand(7)
     weights, state = learner.weights(), learner.state()
     expected = torch.rand(5)
-    new_learner(CONFIG, CPU).restore(weights, state, 0)
+    new_learner(CONFIG, CPU).restore(weights, state, learner.progress())
     assert torch.equal(torch.rand(5), expected)
 
 
