@@ -1,6 +1,11 @@
 """A small run that the faults befall."""
 
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import pytest
+from fault_proxy import Line, line_to
 from faulty import STEPS
 from services import RayHead
 
@@ -13,8 +18,11 @@ from raybrats.config import (
     TrackingConfig,
     TrainConfig,
     ValidationConfig,
+    override_all,
 )
 from raybrats.data.phantom import write_phantoms
+from raybrats.errors import RaybratsError
+from raybrats.train.run import train
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +49,36 @@ def base(
         run=RunConfig(storage_uri=str(folder / "runs"), save_every_steps=1),
         tracking=TrackingConfig(uri=mlflow_uri, experiment="faults", model=""),
     )
+
+
+@dataclass(frozen=True)
+class Untold:
+    """A run that no worker of which has met a fault, but MLflow was away from before its start."""
+
+    config: TrainConfig
+    line: Line
+    refusal: RaybratsError
+    """What the run says where the server is required."""
+    refused_s: float
+    outcome: RaybratsError
+    """What it says at its end where the server is not required."""
+
+    @property
+    def run_uri(self) -> str:
+        return f"{self.config.run.storage_uri}/{self.config.run.name}"
+
+
+@pytest.fixture(scope="session")
+def untold(base: TrainConfig) -> Iterator[Untold]:
+    """Its weights are what every other run is to end with."""
+    with line_to(base.tracking.uri) as line:
+        line.become("cut")
+        away = {"run.name": "untold", "tracking.uri": line.uri, "tracking.model": "untold"}
+        config, began = override_all(base, away), time.monotonic()
+        with pytest.raises(RaybratsError) as refusal:
+            train(config)
+        refused_s = time.monotonic() - began
+        config = override_all(config, {"tracking.required": False})
+        with pytest.raises(RaybratsError) as outcome:
+            train(config)
+        yield Untold(config, line, refusal.value, refused_s, outcome.value)

@@ -24,7 +24,7 @@ from raybrats.train import checkpoint, launch
 from raybrats.train.run import train
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
-SECONDS, EVERY_S = (300, 15) if SOAK else (40, 12)
+SECONDS, EVERY_S = (300, 15) if SOAK else (30, 9)
 STEP_S = 0.2
 
 
@@ -87,7 +87,7 @@ def test_a_run_in_chaos_ends_and_its_history_is_whole(base, ray_cluster, tmp_pat
     """F26: for a minute in CI, five in a soak."""
     story = Story(tmp_path / "story", step_s=STEP_S)
     monkeypatch.setattr(launch, "work", story.worker())
-    steps = int(SECONDS / STEP_S / 20) * 10
+    steps = int(SECONDS / STEP_S / 10) * 10
     with line_to(base.tracking.uri) as line:
         changes = {
             "run.name": "chaos",

@@ -18,7 +18,8 @@ from raybrats.train import checkpoint, launch
 from raybrats.train.run import Result, train
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
-NOTICE_S = 8
+NOTICE_S = 6
+STEPS = 100
 SEEN = r'^ray_(raybrats_\w+?)(?:_total)?\{.*run="%s".*\} (\S+)$'
 """A line of Ray's metrics that tells of a run."""
 
@@ -29,17 +30,17 @@ def spread(
 ) -> Iterator[tuple[TrainConfig, RayNode, Story]]:
     """An elastic run with a worker on the head's node and one on another, which has no room for
     both; it goes on until it is told to end."""
-    story = Story(tmp_path / "story", step_s=0.2)
+    story = Story(tmp_path / "story", step_s=0.15)
     monkeypatch.setattr(launch, "work", story.worker())
     # else Ray tries in vain for a minute to start two workers, as the coordinator remembers them
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "6")
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     changes = {
         "cluster.min_workers": 1,
         "cluster.cpus_per_worker": 3.0,
         "cluster.max_failures": 1,
-        "optim.steps": 150,
-        "validation.every_steps": 150,
+        "optim.steps": STEPS,
+        "validation.every_steps": STEPS,
         "run.save_every_steps": 1000,
     }
     with ray_node(ray_cluster, tmp_path, num_cpus=3) as node:
@@ -78,7 +79,7 @@ def test_a_node_that_vanishes_costs_the_steps_since_the_last_checkpoint(spread):
     killed, scraped = [], []
     threads = [
         when(story, 25, lambda: (node.kill(), killed.append(time.time()))),
-        when(story, 130, lambda: scraped.append(metrics("vanished"))),
+        when(story, STEPS - 20, lambda: scraped.append(metrics("vanished"))),
     ]
     result = train(override_all(config, changes))
     for thread in threads:
@@ -86,7 +87,7 @@ def test_a_node_that_vanishes_costs_the_steps_since_the_last_checkpoint(spread):
     (first, *_, last) = outcome(story, result)
     print(f"{last[2] - killed[0]:.0f} s from the loss to the next step")
     assert len(killed) == 1, "the node was lost"
-    assert (first[0], last[0], result.steps) == (2, 1, 150)
+    assert (first[0], last[0], result.steps) == (2, 1, STEPS)
     assert last[1] % 10 == 1, "from a checkpoint"
     assert last[1] > 10
     assert result.restarts == 1
@@ -125,7 +126,7 @@ def test_a_notice_makes_a_checkpoint_and_nothing_before_it_is_lost(spread, ray_c
     scraped = []
     threads = [
         when(story, 20, drain),
-        when(story, 130, lambda: scraped.append(metrics("noticed"))),
+        when(story, STEPS - 20, lambda: scraped.append(metrics("noticed"))),
     ]
     changes = {"run.name": "noticed", "cluster.max_failures": 0}
     result = train(override_all(config, changes))
@@ -134,9 +135,9 @@ def test_a_notice_makes_a_checkpoint_and_nothing_before_it_is_lost(spread, ray_c
     (first, *_, last) = outcome(story, result)
     ((noticed, at),) = drained
     print(f"notice at step {noticed}; {last[2] - at:.0f} s later step {last[1]} was done next")
-    assert (first[0], last[0], result.steps) == (2, 1, 150)
+    assert (first[0], last[0], result.steps) == (2, 1, STEPS)
     assert last[1] > noticed, "nothing from before the notice is done again"
-    assert checkpoint.newest(result.run_uri).step == 150
+    assert checkpoint.newest(result.run_uri).step == STEPS
     (seen,) = scraped
     assert seen["raybrats_cases"] >= seen["raybrats_cache_hits"] > 0
     for name in ("patches_per_s", "step_seconds", "data_wait_fraction", "loss"):

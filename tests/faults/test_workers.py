@@ -9,7 +9,7 @@ import torch
 from faulty import SOAK, Fault, Story
 from mlflow import MlflowClient
 
-from raybrats.config import override, override_all
+from raybrats.config import override_all
 from raybrats.data import storage
 from raybrats.errors import CheckpointError, RaybratsError
 from raybrats.train import checkpoint, launch
@@ -25,9 +25,9 @@ FAULTS = (
 
 
 @pytest.fixture(scope="module")
-def whole(base):
-    """The same run without a fault."""
-    return checkpoint.newest(train(override(base, "run.name", "whole")).run_uri)
+def whole(untold):
+    """The same run without a fault of its workers."""
+    return checkpoint.newest(untold.run_uri)
 
 
 @pytest.fixture(scope="module")
