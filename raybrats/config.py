@@ -317,9 +317,10 @@ class ClusterConfig(Section):
     max_failures: int = 3
     """Worker-group restarts before the run gives up; those after a preemption notice are free."""
     collective_timeout_s: float = 600.0
-    """Until a worker that waits for another gives up; longer than its share of a validation."""
+    """Until a worker that waits for another in a step gives up."""
     stall_s: float = 1800.0
-    """Until a run in which nothing moves, no step and no validated case, is ended."""
+    """Until a run in which nothing moves, no step and no validated case, is ended; so long do
+    workers wait for each other after a validation."""
     grace_s: float = 30.0
     """For a last checkpoint once the driver gets SIGTERM."""
     channels_last: bool = False

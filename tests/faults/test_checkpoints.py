@@ -1,9 +1,10 @@
-"""F7, F8, F10 and F11: checkpoints damaged, cut in their upload, or without room on the disk."""
+"""F4, F7, F8, F10, F11: checkpoints damaged, cut in their upload, or without room on the disk."""
 
 import io
 import os
 import random
 import resource
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -331,6 +332,39 @@ def test_an_upload_that_is_cut_is_never_listed_and_goes_with_the_next_prune(
         saver.wait()
     assert not storage.exists(orphan)
     assert [w.step for w in checkpoint.written(run_uri)] == [4, 5]
+
+
+def dies_in_its_upload(_: int, __: int, ___: list, run_uri: str) -> None:
+    """Saves once; is killed in the middle of the second time, as by the end of a notice."""
+    learner, saver, write = new_learner(CONFIG, CPU), Saver(run_uri), storage.write_bytes
+    learner.step = 1
+    saver.save(learner, {})
+    saver.wait()
+
+    def dying(uri: str, data: bytes) -> None:
+        if uri.endswith(f"step-00000002/{checkpoint.STATE}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(uri, data)
+
+    storage.write_bytes = dying
+    learner.step = 2
+    saver.save(learner, {})
+    saver.wait()
+
+
+def test_a_notice_shorter_than_the_upload_leaves_the_one_before(tmp_path, learner):
+    """F4: rank 0 itself is taken away while it saves."""
+    run_uri = str(tmp_path / "run")
+    assert together(1, dies_in_its_upload, run_uri) == [-signal.SIGKILL]
+    half = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert os.listdir(half) == [checkpoint.WEIGHTS], "it was cut"
+    found = checkpoint.newest(run_uri)
+    assert (found.step, found.rejected) == (1, ())
+    saver = Saver(run_uri, resumed=found)
+    for learner.step in (3, 4):
+        saver.save(learner, {})
+        saver.wait()
+    assert not half.exists()
 
 
 def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(tmp_path, learner):

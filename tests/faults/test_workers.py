@@ -15,7 +15,7 @@ from raybrats.errors import CheckpointError, RaybratsError
 from raybrats.train import checkpoint, launch
 from raybrats.train.run import train
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow, pytest.mark.slow]
 FAULTS = (
     Fault("SIGKILL", rank=1, step=3),
     Fault("GIL", rank=1, step=5),

@@ -1,5 +1,6 @@
 """A training run: which cases it uses, and what it refuses before and after it has started."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -182,6 +183,15 @@ def test_more_than_the_cluster_has_is_refused(six_steps, field, value, said):
     asked = override(override(six_steps, "run.name", "large"), field, value)
     with pytest.raises(ResourcesError, match=said):
         train(asked)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_afresh_where_it_must_resume(tmp_path):
+    (tmp_path / "bare").mkdir()
+    left = {"mlflow_run_id": "", "digest": "", "cohort": "", "config": {}}
+    (tmp_path / "bare" / "run.json").write_text(json.dumps(left))
+    run = RunConfig(name="bare", storage_uri=str(tmp_path), resume="must")
+    with pytest.raises(UsageError, match="has no checkpoint"):
+        train(TrainConfig(run=run))
 
 
 def test_a_run_that_must_exist_is_refused_before_anything_starts(tmp_path):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from raybrats.config import override
+from raybrats.config import override, override_all
 from raybrats.errors import UsageError
 from raybrats.recipes import tiny
-from raybrats.train.sweep import parse_space
+from raybrats.train.sweep import parse_space, search
 
 
 def samples(word, count=30):
@@ -94,3 +94,9 @@ def test_a_space_never_runs_code(inside, tmp_path):
 def test_an_empty_space_is_refused():
     with pytest.raises(UsageError, match="--space"):
         parse_space([], tiny())
+
+
+def test_a_sweep_needs_its_server():
+    apart = {"tracking.required": False, "tracking.uri": "http://127.0.0.1:1"}
+    with pytest.raises(UsageError, match=r"tracking\.required must be true"):
+        search(override_all(tiny(), apart), ["loss.dice_weight=uniform(0.2,0.8)"], 2)
