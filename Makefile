@@ -2,13 +2,20 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test lint soak bench
+.PHONY: demo test test-ray test-rest lint soak bench
 
 demo: .venv/installed
 	$(BIN)/raybrats demo --out demo
 
+# Two sessions side by side: much of what Ray's tests take is waiting for processes to start.
 test: .venv/installed lint
-	$(BIN)/pytest
+	$(MAKE) --keep-going --jobs=2 test-ray test-rest
+
+test-ray: .venv/installed
+	$(BIN)/pytest -m ray
+
+test-rest: .venv/installed
+	$(BIN)/pytest -m "not ray"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -17,7 +17,13 @@ from raybrats.config import TrainConfig, override_all
 from raybrats.train import checkpoint, launch
 from raybrats.train.run import Result, train
 
-pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.ray,
+    pytest.mark.mlflow,
+    pytest.mark.slow,
+    pytest.mark.skipif(not SOAK, reason="a node more, for a minute and a half each: make soak"),
+]
 NOTICE_S = 6
 STEPS = 100
 SEEN = r'^ray_(raybrats_\w+?)(?:_total)?\{.*run="%s".*\} (\S+)$'
@@ -70,8 +76,6 @@ def outcome(story: Story, result: Result) -> list[tuple[int, int, float]]:
     return attempts
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not SOAK, reason="the drill with a notice loses a node too: make soak")
 def test_a_node_that_vanishes_costs_the_steps_since_the_last_checkpoint(spread):
     """F2: its raylet and workers die at once; the run goes on with the worker that is left."""
     config, node, story = spread
