@@ -25,6 +25,8 @@ from raybrats.train.run import train
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
 SECONDS, EVERY_S = (300, 15) if SOAK else (30, 9)
+LENGTH = 750 if SOAK else 150
+"""Steps: as long as the faults go on, with the restarts that they cost."""
 STEP_S = 0.2
 
 
@@ -87,7 +89,7 @@ def test_a_run_in_chaos_ends_and_its_history_is_whole(base, ray_cluster, tmp_pat
     """F26: for a minute in CI, five in a soak."""
     story = Story(tmp_path / "story", step_s=STEP_S)
     monkeypatch.setattr(launch, "work", story.worker())
-    steps = int(SECONDS / STEP_S / 10) * 10
+    steps = LENGTH
     with line_to(base.tracking.uri) as line:
         changes = {
             "run.name": "chaos",
