@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raybrats.config import TrainConfig
 from raybrats.model.network import build, heads
-from raybrats.train import loop
 from raybrats.train.learner import new_learner
+from raybrats.train.step import augmented
 
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,7 +73,7 @@ def saved_bytes(config: TrainConfig, device: torch.device) -> int:
     learner, kept = new_learner(config, device), {}
     own = {weight.untyped_storage().data_ptr() for weight in learner.bare.parameters()}
     batch = step.random_batch(config.optim.global_batch, config.data.patch_size[0])
-    image, labels = loop.augmented(learner, batch)
+    image, labels = augmented(learner, batch)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
