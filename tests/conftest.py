@@ -20,6 +20,17 @@ os.environ.update(  # before anything imports ray or mlflow
 
 from services import S3, RayHead, make_bucket, mlflow_server, ray_head, s3_server
 
+from raybrats.config import (
+    ClusterConfig,
+    DataConfig,
+    NetworkConfig,
+    OptimConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+from raybrats.data.phantom import write_phantoms
+
 TESTS = Path(__file__).parent
 
 
@@ -82,6 +93,25 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Ra
         ray.init(address=head.address)
         yield head
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def two_workers(
+    tmp_path_factory: pytest.TempPathFactory, ray_cluster: RayHead, mlflow_uri: str
+) -> TrainConfig:
+    """A run of two workers on five small phantoms; steps, names and what is kept are the test's."""
+    assert ray_cluster.address
+    folder = tmp_path_factory.mktemp("two_workers")
+    write_phantoms(str(folder / "tree"), num_cases=5, shape=(24, 24, 20))
+    return TrainConfig(
+        recipe="tiny",
+        data=DataConfig(cohort=str(folder / "tree"), patch_size=(16, 16, 16)),
+        network=NetworkConfig(widths=(4, 8, 8), deep_supervision=1),
+        optim=OptimConfig(global_batch=2),
+        cluster=ClusterConfig(workers=2, cpus_per_worker=0.5, device="cpu", max_failures=0),
+        run=RunConfig(storage_uri=str(folder / "runs")),
+        tracking=TrackingConfig(uri=mlflow_uri),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -242,15 +242,11 @@ def place(s3: str | None) -> Iterator[str]:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = measure.parser(__doc__, rounds=5)
     parser.add_argument("--flips", type=int, default=200)
     parser.add_argument("--step-ms", type=float, default=40.0, help="an H200 at 50 patches/s")
     parser.add_argument("--measure-step", action="store_true", help="one step of this CPU instead")
     parser.add_argument("--s3", help="also at this s3:// URI")
-    parser.add_argument("--json", action="store_true", help="print one JSON document, no tables")
     return parser.parse_args()
 
 

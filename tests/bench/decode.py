@@ -180,7 +180,7 @@ def _box(brain: np.ndarray) -> tuple[slice, ...]:
 
 
 def main() -> None:
-    parser = measure.parser(__doc__, rounds=9)
+    parser = measure.parser(__doc__, rounds=9, cases=True)
     parser.add_argument("--check", action="store_true", help="compare with nibabel, no timing")
     options = parser.parse_args()
     with measure.tree_of(options.cases) as tree, tempfile.TemporaryDirectory() as folder:

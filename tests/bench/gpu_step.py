@@ -216,9 +216,7 @@ def described(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__, rounds=6)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--edge", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 4, 8])
@@ -227,10 +225,8 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=15, help="that are timed")
     parser.add_argument("--warmup", type=int, default=5, help="before; twice as many if compiled")
-    parser.add_argument("--rounds", type=int, default=6, help="of the loop beside a bare step")
     parser.add_argument("--only", default="", help="rows whose name has this in it")
     parser.add_argument("--budget-s", type=float, default=230.0, help="until rows are left out")
-    parser.add_argument("--json", action="store_true", help="print one JSON document, no tables")
     return parser.parse_args()
 
 

@@ -101,13 +101,15 @@ def one_thread() -> None:
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 
 
-def parser(doc: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks share."""
+def parser(doc: str | None, *, rounds: int = 0, cases: bool = False) -> argparse.ArgumentParser:
+    """The options that benchmarks share: --json always, --rounds and --cases where they count."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--cases", help="a tree of 3-D cases in any BraTS layout; else phantoms")
-    made.add_argument("--rounds", type=int, default=rounds)
+    if cases:
+        made.add_argument("--cases", help="a tree of 3-D cases in any BraTS layout; else phantoms")
+    if rounds:
+        made.add_argument("--rounds", type=int, default=rounds)
     made.add_argument("--json", action="store_true", help="print one JSON document, no tables")
     return made
 

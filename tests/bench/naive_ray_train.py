@@ -694,11 +694,8 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
-    parser.add_argument("--json", action="store_true", help="print one JSON document, no table")
     parser.add_argument("--folder", type=Path, help="empty or new; keeps runs and logs")
     parser.add_argument("--line", choices=LINES, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -237,7 +237,7 @@ def _endless(loader: object) -> Iterator[object]:
 
 
 def main() -> None:
-    parser = measure.parser(__doc__, rounds=8)
+    parser = measure.parser(__doc__, rounds=8, cases=True)
     parser.add_argument("--edges", type=int, nargs="+", default=[128, 96, 64])
     options = parser.parse_args()
     result, text = {}, []

@@ -135,7 +135,7 @@ def settings(options: argparse.Namespace) -> list[Setting]:
 
 
 def main() -> None:
-    parser = measure.parser(__doc__, rounds=1)
+    parser = measure.parser(__doc__, rounds=1, cases=True)
     parser.add_argument("--num-cases", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--edges", type=int, nargs="+", default=[64, 32, 96])

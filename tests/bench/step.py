@@ -207,18 +207,14 @@ def verdict(rows: dict[str, dict[str, Any]], goal: float) -> Sequence[str]:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measure.parser(__doc__, rounds=8)
     parser.add_argument("--device", choices=tuple(GOALS), default="cpu")
     parser.add_argument("--recipe", choices=tuple(RECIPES), default="nnunet")
     parser.add_argument("--edges", type=int, nargs="+", default=[64, 96])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1, help="steps a round")
     parser.add_argument("--warm", type=int, default=1, help="steps before the first round")
-    parser.add_argument("--json", action="store_true", help="print one JSON document, no tables")
     return parser.parse_args()
 
 

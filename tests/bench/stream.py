@@ -131,7 +131,7 @@ def _summary(rounds: list[list[Pass]], edge: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = measure.parser(__doc__, rounds=3)
+    parser = measure.parser(__doc__, rounds=3, cases=True)
     parser.add_argument("--edges", type=int, nargs="+", default=[128, 96, 64])
     parser.add_argument("--num-cases", type=int, default=48, help="of the cohort that is read")
     parser.add_argument("--epochs", type=int, default=4, help="warm ones")

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from itertools import pairwise, repeat
 from pathlib import Path
@@ -329,14 +329,27 @@ def blob_uri(bucket: str) -> str:
 def proxy(
     s3: S3, blob_uri: str, fresh_clients: None, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FaultProxy]:
-    """The way to the blob, with shorter times: silence for 1 s, 3 s and the blob's 1.2 s in all."""
+    """The way to the blob."""
     assert blob_uri
     assert fresh_clients is None
-    monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 1)
-    monkeypatch.setattr(storage, "DEADLINE_S", 3.0)
     with fault_proxy(s3.endpoint) as way:
         monkeypatch.setenv("AWS_ENDPOINT_URL", way.endpoint)
         yield way
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], float]:
+    """Gives up a silence after 1 s, and all after so many; what a read of the blob has then.
+
+    Not for tests of what succeeds in the end: a loaded server may well take its seconds.
+    """
+
+    def give_up_after(seconds: float) -> float:
+        monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 1)
+        monkeypatch.setattr(storage, "DEADLINE_S", seconds)
+        return seconds + len(BLOB) / storage._SLOW_LINE
+
+    return give_up_after
 
 
 def read_blob(uri: str) -> bytes:
@@ -360,26 +373,29 @@ def test_a_fault_that_passes_costs_a_request_and_no_more(
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", [hang, stall, trickle])
 def test_a_read_that_gets_nowhere_is_ended_and_tried_again(
-    proxy: FaultProxy, blob_uri: str, fault: Fault
+    proxy: FaultProxy, blob_uri: str, impatient: Callable[[float], float], fault: Fault
 ):
+    limit_s = impatient(10.0)
     proxy.inject([fault])
     assert read_blob(blob_uri) == BLOB
-    first, second = proxy.seen
-    assert (first.fault, second.fault) == (fault, None)
-    assert second.at - first.at < 3 + 1.2
+    first, second, *_ = proxy.seen
+    assert [request.fault for request in proxy.seen if request.fault] == [fault]
+    assert first.fault == fault
+    assert second.at - first.at < limit_s
 
 
 @pytest.mark.s3
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", [BUSY, hang, stall, trickle, truncate, reset])
 def test_a_fault_that_stays_is_given_up_within_the_deadline(
-    proxy: FaultProxy, blob_uri: str, fault: Fault
+    proxy: FaultProxy, blob_uri: str, impatient: Callable[[float], float], fault: Fault
 ):
+    limit_s = impatient(3.0)
     proxy.inject(repeat(fault))
     started = time.monotonic()
     with pytest.raises(StorageError, match=f"^{blob_uri}: out of reach after ") as caught:
         read_blob(blob_uri)
-    assert time.monotonic() - started < 3 + 1.2 + 1.5
+    assert time.monotonic() - started < limit_s + 1.5
     tries = int(re.findall(r"after (\d) tries", str(caught.value))[0])
     assert tries >= 2
     seen = [request.fault for request in proxy.seen]
@@ -391,8 +407,9 @@ def test_a_fault_that_stays_is_given_up_within_the_deadline(
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", [hang, BUSY])
 def test_a_write_that_gets_nowhere_is_given_up_within_the_deadline(
-    proxy: FaultProxy, blob_uri: str, fault: Fault
+    proxy: FaultProxy, blob_uri: str, impatient: Callable[[float], float], fault: Fault
 ):
+    impatient(3.0)
     proxy.inject(repeat(fault))
     started = time.monotonic()
     with pytest.raises(StorageError, match=f"^{blob_uri}: out of reach after "):
@@ -407,7 +424,7 @@ def test_tries_lie_ever_further_apart_and_readers_do_not_keep_step(
     proxy: FaultProxy, blob_uri: str
 ):
     waits = []
-    for _ in range(3):
+    for _ in range(5):
         proxy.inject([BUSY, BUSY])
         assert read_blob(blob_uri) == BLOB
         waits.append([after.at - before.at for before, after in pairwise(proxy.seen)])

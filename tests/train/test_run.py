@@ -7,18 +7,14 @@ import pytest
 from mlflow import MlflowClient
 
 from raybrats.config import (
-    ClusterConfig,
     DataConfig,
-    NetworkConfig,
-    OptimConfig,
     RunConfig,
-    TrackingConfig,
     TrainConfig,
     ValidationConfig,
     override,
+    override_all,
 )
 from raybrats.data.cohort import BAD, UNLABELLED, Case, with_folds
-from raybrats.data.phantom import write_phantoms
 from raybrats.errors import DataError, ResourcesError, UsageError
 from raybrats.model.network import build, load_weights
 from raybrats.train import checkpoint
@@ -102,20 +98,15 @@ def test_a_fold_that_leaves_a_side_empty_is_refused(fold, side):
 
 
 @pytest.fixture(scope="module")
-def six_steps(tmp_path_factory, ray_cluster, mlflow_uri):
-    assert ray_cluster.address
-    folder = tmp_path_factory.mktemp("run")
-    write_phantoms(str(folder / "tree"), num_cases=5, shape=(24, 24, 20))
-    return TrainConfig(
-        recipe="tiny",
-        data=DataConfig(cohort=str(folder / "tree"), patch_size=(16, 16, 16)),
-        network=NetworkConfig(widths=(4, 8, 8), deep_supervision=1),
-        optim=OptimConfig(steps=6, global_batch=2),
-        validation=ValidationConfig(every_steps=3),
-        cluster=ClusterConfig(workers=2, cpus_per_worker=0.5, device="cpu", max_failures=0),
-        run=RunConfig(name="six", storage_uri=str(folder / "runs")),
-        tracking=TrackingConfig(uri=mlflow_uri, experiment="run", model="six-steps"),
-    )
+def six_steps(two_workers):
+    changes = {
+        "optim.steps": 6,
+        "validation.every_steps": 3,
+        "run.name": "six",
+        "tracking.experiment": "run",
+        "tracking.model": "six-steps",
+    }
+    return override_all(two_workers, changes)
 
 
 @pytest.fixture(scope="module")
