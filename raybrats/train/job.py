@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from raybrats.config import TrainConfig
 from raybrats.data.case import Case
-from raybrats.registry.tracking import Run
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # Ray Train's controller reads this file, and has no use for MLflow
     from ray.actor import ActorHandle
+
+    from raybrats.registry.tracking import Run
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Job:
     held_out: tuple[Case, ...]
     data_cpus: float
     """For the decoding tasks of each worker."""
-    tracking: Run
+    tracking: "Run"
     board: "ActorHandle | None" = None
 
 
