@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.skipif(not SOAK, reason="a node more, for a minute and a half each: make soak"),
 ]
 NOTICE_S = 6
+COORDINATOR_S = 25
+"""Ray's coordinator looks for new nodes every 20 s; an elastic run starts with those it knows."""
 STEPS = 100
 SEEN = r'^ray_(raybrats_\w+?)(?:_total)?\{.*run="%s".*\} (\S+)$'
 """A line of Ray's metrics that tells of a run."""
@@ -50,6 +52,7 @@ def spread(
         "run.save_every_steps": 1000,
     }
     with ray_node(ray_cluster, tmp_path, num_cpus=3) as node:
+        time.sleep(COORDINATOR_S)
         yield override_all(base, changes), node, story
 
 
