@@ -27,6 +27,8 @@ RENEW_S = 5.0
 """Between renewals: two requests each, so a run of a day costs some 35,000 cheap ones."""
 EXPIRY_S = 20.0
 """Of watching until a lease that does not change is dead: three renewals may fail in a row."""
+_LAST_RENEWAL_S = 5.0
+"""Wait at the end for a renewal that is under way; then the lease is left to expire."""
 _LOOKS = 20
 """At the lease while it is watched; counted, so that an outage of the store is no sign of death."""
 
@@ -92,7 +94,7 @@ def held(run_uri: str, on_lost: Callable[[str], None]) -> Iterator[None]:
     finally:
         ended.set()
         if thread.ident is not None:
-            thread.join(RENEW_S)
+            thread.join(_LAST_RENEWAL_S)
             if not thread.is_alive():  # a renewal that hangs would undo the removal
                 _release(uri, mine)
         _OURS.discard(mine.token)

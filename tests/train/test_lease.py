@@ -59,7 +59,7 @@ def stored(run_uri):
     return lease._parse(storage.read_bytes(place_of(run_uri)))
 
 
-def eventually(condition, patience_s=10.0):
+def eventually(condition, patience_s=60.0):
     deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline
@@ -374,4 +374,18 @@ def test_a_lease_that_was_removed_by_hand_is_put_back(on_disk):
         storage.delete(place_of(on_disk))
         eventually(lambda: storage.exists(place_of(on_disk)))
         assert stored(on_disk).token == token
+    assert not storage.exists(place_of(on_disk))
+
+
+def test_a_renewal_that_is_under_way_at_the_end_is_waited_for(on_disk, monkeypatch):
+    write, under_way = storage.write_bytes, threading.Event()
+
+    def slow_write(uri, data):
+        under_way.set()
+        time.sleep(5 * lease.RENEW_S)
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", slow_write)
+    with lease.held(on_disk, never):
+        assert under_way.wait(10)
     assert not storage.exists(place_of(on_disk))
