@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.update(  # before anything imports ray or mlflow
     RAY_AUTH_MODE="token",
@@ -32,6 +33,9 @@ from raybrats.config import (
 from raybrats.data.phantom import write_phantoms
 
 TESTS = Path(__file__).parent
+# No example fails for its time: machines are loaded, and tests of time are elsewhere
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

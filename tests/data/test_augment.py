@@ -156,7 +156,7 @@ def test_no_operation_reaches_beyond_the_brain_or_makes_labels(samples, operatio
     draw=st.integers(0, 10**6),
     probabilities=st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * len(AugmentConfig.CHANGES)),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_mix_keeps_background_and_inputs(samples, draw: int, probabilities):
     config = AugmentConfig(**dict(zip(AugmentConfig.CHANGES, probabilities, strict=True)))
     sample = tuple(part[1:2] for part in samples)
@@ -215,7 +215,7 @@ def test_half_a_turn_of_unequal_edges_is_two_mirrorings(smooth):
     scale=st.floats(0.5, 2),
     shape=st.tuples(*[st.integers(2, 12)] * 3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_distances_in_the_source_are_those_of_the_patch_times_the_scale(angles, scale, shape):
     grid = sampling_grid(Warp(angles, scale), shape, CPU)
     places = grid.flip(-1) * torch.tensor(shape) / 2  # in voxels from the centre
@@ -270,7 +270,7 @@ def test_no_warp_is_the_identity(smooth):
 
 
 @given(sigma=st.floats(0.3, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_blurs_variance_is_sigma_squared(sigma: float):
     weights = gaussian(sigma)
     assert weights[0] + 2 * sum(weights[1:]) == pytest.approx(1)
@@ -332,7 +332,7 @@ def test_brightness_and_contrast_do_what_they_say(samples):
 
 
 @given(gamma=st.floats(0.5, 2), moments=st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_gamma_is_monotone_and_keeps_what_it_should(samples, gamma: float, moments: bool):
     image, labels, brain = samples
 

@@ -481,7 +481,7 @@ def test_d7_cases_that_could_not_be_read_are_not_copies_of_each_other(tree: Path
     kind=st.sampled_from(["GLI", "MEN", "MET", "PED", "SSA"]),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_d7_no_subject_is_in_two_folds(visits: dict[int, int], kind: str, seed: int):
     ids = [f"BraTS-{kind}-{n:05d}-{t:03d}" for n, times in visits.items() for t in range(times)]
     random.Random(seed).shuffle(ids)

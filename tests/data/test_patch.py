@@ -73,7 +73,7 @@ def drawn(case: Prepared, rule: PatchRule, draws: range) -> list[tuple[np.ndarra
 
 
 @given(shape=sizes, size=sizes, share=st.floats(0, 1), seed=st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_patch_lies_within_the_case_or_around_its_middle(shape, size, share, seed):
     case = whole(np.random.default_rng(seed).integers(0, 4, np.add(shape, 1)).astype(np.uint8))
     shape = case.image.shape[1:]
@@ -123,7 +123,7 @@ def test_a_class_that_is_absent_leaves_its_share_to_the_others():
 
 
 @given(shape=sizes, size=sizes, seed=st.integers(0, 10**6), label=st.integers(1, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_patch_that_is_forced_holds_the_voxel_that_was_chosen(shape, size, seed, label):
     shape = np.add(shape, 1)
     labels = np.zeros(shape, np.uint8)
@@ -156,7 +156,7 @@ def test_a_patch_larger_than_the_case_is_padded_with_each_background(prepared: P
 
 
 @given(shape=sizes, size=sizes, overlap=st.floats(0, 0.99))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_grid_covers_the_case_and_overlaps_as_asked(shape, size, overlap):
     corners = covering_grid(shape, size, overlap)
     axes = [sorted(set(axis)) for axis in zip(*corners, strict=True)]
@@ -265,7 +265,7 @@ slice_sizes = st.tuples(st.integers(8, 50), st.integers(8, 50), st.just(1))
 
 
 @given(size=slice_sizes, k=st.integers(0, SHAPE[2] - 1), floats=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_edge_of_the_brain_does_not_fade(prepared, quantised, size, k, floats):
     case = quantised if floats else prepared
     plane = full(case)[..., k]
@@ -296,7 +296,7 @@ def nearby(new: int, old: int) -> list[list[int]]:
     labels=arrays(np.uint8, (9, 12, 2), elements=st.integers(0, 3)),
     size=slice_sizes,
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_labels_of_a_slice_are_the_nearest(labels, size):
     _, found = cut_slice(whole(labels), 1, size)
     nearest = [nearby(n, m) for n, m in zip(size[:2], labels.shape[:2], strict=True)]
@@ -351,7 +351,7 @@ def test_a_patch_is_no_view_of_its_case(prepared: Prepared, sampling: str):
 
 
 @given(data=st.data(), size=sizes)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_patch_is_the_padded_case_cut(prepared: Prepared, data, size):
     corner = tuple(
         data.draw(st.integers(min(0, n - s), max(0, n - s)))

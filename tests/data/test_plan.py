@@ -44,7 +44,7 @@ def draws(found: list[list[tuple[int, int]]]) -> list[int]:
 
 
 @given(plan=plans, data=st.data(), count=st.integers(1, 30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_ranks_together_see_every_draw_once_in_order(plan: Plan, data, count: int):
     world = data.draw(st.sampled_from(divisors(plan.global_batch)))
     found = steps(plan, world, 0, count)
@@ -53,7 +53,7 @@ def test_the_ranks_together_see_every_draw_once_in_order(plan: Plan, data, count
 
 
 @given(plan=plans, data=st.data(), count=st.integers(1, 30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_resuming_at_any_step_with_any_world_gives_the_tail(plan: Plan, data, count: int):
     start = data.draw(st.integers(0, count))
     before, after = (data.draw(st.sampled_from(divisors(plan.global_batch))) for _ in range(2))
@@ -79,7 +79,7 @@ def test_twenty_stops_leave_nothing_missing_doubled_or_out_of_order(world: int):
 
 
 @given(plan=plans, epochs=st.integers(1, 4))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_epoch_visits_each_case_as_often_as_asked(plan: Plan, epochs: int):
     per_case, batch = plan.patches_per_case, plan.global_batch
     windows = -(-epochs * plan.num_cases // batch)
@@ -93,7 +93,7 @@ def test_every_epoch_visits_each_case_as_often_as_asked(plan: Plan, epochs: int)
 
 
 @given(plan=plans, start=st.integers(0, 200))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_step_has_two_draws_of_a_case_unless_there_are_too_few(plan: Plan, start: int):
     for step in steps(plan, 1, start, start + 30):
         cases = Counter(case for _, case in step)
@@ -104,7 +104,7 @@ def test_no_step_has_two_draws_of_a_case_unless_there_are_too_few(plan: Plan, st
 
 
 @given(plan=plans, windows=st.integers(1, 20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_turns_count_the_draws_of_a_case(plan: Plan, windows: int):
     turns: dict[int, list[int]] = {}
     visits = plan.visits(rank=0, world=1, start=0, stop=windows * plan.patches_per_case)

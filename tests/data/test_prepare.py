@@ -88,7 +88,7 @@ percents = st.one_of(st.sampled_from([0.0, 0.5, 1.0, 50.0, 99.5, 100.0]), st.flo
     ),
     ends=st.tuples(percents, percents).filter(lambda pair: pair[0] < pair[1]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_percentiles_are_voxels_as_numpys_inverted_cdf(brain, ends):
     for end in ends:  # where they fall between two voxels, rounding decides
         number = brain.size * end / 100
@@ -165,7 +165,7 @@ def test_tumour_outside_the_brain_is_kept_in_the_box():
     ),
     shown=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_tumour_is_listed_class_by_class_along_the_memory(labels, shown):
     assume(shown or labels.any())
     image = np.pad(np.full(labels.shape, 9 if shown else 0, np.int16), 1)
@@ -196,7 +196,7 @@ def test_a_background_far_from_the_brain_costs_no_precision(background: float):
     mask=arrays(bool, st.tuples(*[st.integers(1, 7)] * 3)).filter(np.any),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_restoring_undoes_the_crop(mask: np.ndarray, seed: int):
     labels = np.where(mask, np.random.default_rng(seed).integers(1, 4, mask.shape), 0)
     labels = labels.astype(np.uint8)
@@ -246,7 +246,7 @@ def test_the_background_need_not_be_zero(phantom):
     full=st.booleans(),
     dtype=st.sampled_from([np.float32, np.float64]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_floats_are_kept_within_one_step(seed, level, spread, background, full, dtype):
     rng = np.random.default_rng(seed)
     image = np.full((8, 8, 8), background, dtype)

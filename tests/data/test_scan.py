@@ -11,7 +11,7 @@ from raybrats.data import scan
 LOW, HIGH = -32768, 32767
 shapes = st.tuples(*[st.integers(1, 6)] * 3)
 voxels = st.one_of(st.sampled_from([LOW, LOW + 1, -1, 0, 1, HIGH]), st.integers(LOW, HIGH))
-several = settings(max_examples=60, deadline=None)
+several = settings(max_examples=60)
 
 
 @st.composite

@@ -65,7 +65,7 @@ def test_every_orientation_is_read_as_lps_and_written_back(codes: str):
     tilt=st.floats(0, 0.2),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_labels_written_are_labels_read(codes, shape, tilt, seed):
     affine = axes_affine(codes, (0.9, 1.0, 3.0), tilt)
     grid = Grid(shape, affine, known=True)
@@ -182,7 +182,7 @@ def test_no_flipped_bit_becomes_a_voxel():
 
 
 @pytest.mark.parametrize("fields", [1, 3])
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_senseless_header_is_read_or_refused_in_one_line(fields: int, data):
     damaged = bytearray(nifti(VOXELS))
