@@ -17,7 +17,8 @@ from raybrats.config import override_all
 from raybrats.data import storage
 from raybrats.errors import RegistrationError, TrackingError, UsageError
 from raybrats.progress import watched
-from raybrats.train import checkpoint
+from raybrats.registry import spool
+from raybrats.train import checkpoint, record
 from raybrats.train.run import train
 from raybrats.train.stop import Stop
 
@@ -107,8 +108,10 @@ def test_a_driver_that_is_killed_is_taken_over_by_the_next(base, killed, stopped
     run, steps = the_run(base)
     print(f"killed with checkpoints {killed[1]}; stopped with {stopped[-1]}")
     assert run.data.params["optim.steps"] == str(STEPS)
-    assert steps == list(range(10, max(steps) + 1, 10)), "each step once, none lost"
-    assert max(steps) >= max(stopped[0]) - 10
+    assert steps == list(range(10, max(steps) + 1, 10)), "each step once"
+    kept = spool.read(record.metrics_uri(killed[0])) or ()  # what a slow server has yet to take
+    waiting = {row.step for row in kept if row.key == "train/loss"}
+    assert {*steps, *waiting} >= set(range(10, max(stopped[-1]), 10)), "none lost"
 
 
 def test_a_job_that_is_stopped_leaves_a_checkpoint_of_its_last_step(base, killed, stopped):
@@ -119,7 +122,7 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_of_its_last_step(base, killed
     assert info.driver_exit_code != 0
     assert "interrupted; a run goes on by its --run.name" in logs
     assert max(after) > max(before)
-    assert max(after) % SAVE_EVERY, "not one of the regular ones"
+    assert any(step % SAVE_EVERY for step in after), "one that is not of the regular ones"
     assert the_run(base)[0].info.status == "KILLED"
     assert not storage.exists(storage.join(killed[0], "lease.json"))
 
