@@ -30,6 +30,7 @@ from raybrats.config import (
     TrackingConfig,
     TrainConfig,
 )
+from raybrats.data.index import index
 from raybrats.data.phantom import write_phantoms
 
 TESTS = Path(__file__).parent
@@ -110,9 +111,11 @@ def two_workers(
     assert ray_cluster.address
     folder = tmp_path_factory.mktemp("two_workers")
     write_phantoms(str(folder / "tree"), num_cases=5, shape=(24, 24, 20))
+    cohort_uri = str(folder / "cohort.parquet")  # of the tree each driver would make it anew
+    index(str(folder / "tree"), cohort_uri)
     return TrainConfig(
         recipe="tiny",
-        data=DataConfig(cohort=str(folder / "tree"), patch_size=(16, 16, 16)),
+        data=DataConfig(cohort=cohort_uri, patch_size=(16, 16, 16)),
         network=NetworkConfig(widths=(4, 8, 8), deep_supervision=1),
         optim=OptimConfig(global_batch=2),
         cluster=ClusterConfig(workers=2, cpus_per_worker=0.5, device="cpu", max_failures=0),

@@ -379,6 +379,7 @@ def test_a_tree_in_a_bucket_is_indexed_where_it_lies(
     assert [case.digests for case in found] == [case.digests for case in cases]
     assert {case.status for case in found} == {"ok"}
     assert index.load(f"s3://{bucket}/cohort.parquet") == found
+    assert index.load(uri) == found, "a run on a tree indexes it first"
 
 
 def test_no_cohort_and_no_case_are_told_before_any_task(tmp_path: Path):
