@@ -111,7 +111,7 @@ def two_workers(
     assert ray_cluster.address
     folder = tmp_path_factory.mktemp("two_workers")
     write_phantoms(str(folder / "tree"), num_cases=5, shape=(24, 24, 20))
-    cohort_uri = str(folder / "cohort.parquet")  # of the tree each driver would make it anew
+    cohort_uri = str(folder / "cohort.parquet")  # else every driver would index the tree anew
     index(str(folder / "tree"), cohort_uri)
     return TrainConfig(
         recipe="tiny",

@@ -67,14 +67,16 @@ class Chaos:
             self.happened.append(KILLED)
 
     def damage_the_newest(self):
-        """One that was damaged before may lie there still, where newer ones came in time."""
-        *older, newest = checkpoint.written(self._run_uri) or [None]
-        if all(one.uri in self._damaged for one in older):
-            return
+        """Once an older one is sound: one that was damaged before may lie there still."""
+        written = []
+        while all(one.uri in self._damaged for one in written[:-1]):
+            if self._ended.wait(0.2):
+                return
+            written = checkpoint.written(self._run_uri)
         with suppress(StorageError):  # it may be pruned this very moment
-            place = storage.join(newest.uri, checkpoint.STATE)
+            place = storage.join(written[-1].uri, checkpoint.STATE)
             storage.write_bytes(place, storage.read_bytes(place)[:-7])
-            self._damaged.add(newest.uri)
+            self._damaged.add(written[-1].uri)
             self.happened.append(DAMAGED)
             self.kill_a_worker()
 
