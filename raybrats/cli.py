@@ -62,7 +62,7 @@ def demo(args: Sequence[str]) -> Answer:
 def phantom(args: Sequence[str]) -> Answer:
     """Write a synthetic cohort in the tree, names and label values of an edition."""
     o = parse(Phantom, "phantom", args)
-    from raybrats.data.phantom import write_phantoms
+    from raybrats.phantom.phantom import write_phantoms
 
     ids = write_phantoms(o.out, num_cases=o.cases, shape=o.shape, edition=o.edition, seed=o.seed)
     return Answer({"uri": o.out, "cases": ids}, f"{len(ids)} cases in {o.out}", ("case",), [])
@@ -71,13 +71,13 @@ def phantom(args: Sequence[str]) -> Answer:
 def index(args: Sequence[str]) -> Answer:
     """Find, open and verify every case of a tree, and write the cohort file."""
     o = parse(Index, "index", args)
-    from raybrats import cluster
-    from raybrats.data import cohort, storage
-    from raybrats.data import index as indexing
+    from raybrats import cluster, storage
+    from raybrats.data.cohort import index
+    from raybrats.data.cohort import index as indexing
 
     cluster.connect()
     out = storage.absolute(o.out)
-    document = cohort.summary(indexing.index(o.uri, out)) | {"cohort_uri": out}
+    document = index.summary(indexing.index(o.uri, out)) | {"cohort_uri": out}
     title = f"{document['ok']} of {document['cases']} cases ok, {document['editions']}: {out}"
     rows = [(bad["case_id"], bad["reason"]) for bad in document["quarantined"]]
     return Answer(document, title, ("quarantined", "reason"), rows)
@@ -86,7 +86,7 @@ def index(args: Sequence[str]) -> Answer:
 def train(args: Sequence[str]) -> Answer:
     """Train one network from a recipe and register it."""
     config = config_of("train", args)
-    from raybrats.train.run import train as run
+    from raybrats.runs.run import train as run
 
     result = run(config)
     model = result.model
@@ -101,7 +101,7 @@ def tune(args: Sequence[str]) -> Answer:
     """Search over fields of a recipe, with early stopping, and register the best."""
     options, rest = parse_known(Tune, "tune", args)
     config = config_of("tune", rest)
-    from raybrats.train.sweep import search
+    from raybrats.runs.sweep import search
 
     sweep = search(config, options.space, options.trials)
     document = asdict(sweep)
@@ -149,9 +149,9 @@ def report(args: Sequence[str]) -> Answer:
 def models(args: Sequence[str]) -> Answer:
     """List the versions of a registered model with their aliases and scores."""
     o = parse(Models, "models", args)
-    from raybrats.registry import package, tracking
+    from raybrats.registry import load, tracking
 
-    rows = package.versions(o.tracking_uri or tracking.default_uri(), o.name)
+    rows = load.versions(o.tracking_uri or tracking.default_uri(), o.name)
     columns = tuple(rows[0]) if rows else ()
     return Answer(
         {"name": o.name, "versions": rows}, o.name, columns, [[*r.values()] for r in rows]

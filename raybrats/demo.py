@@ -3,16 +3,16 @@
 from dataclasses import asdict
 from typing import Any
 
-from raybrats import cluster
+from raybrats import cluster, storage
 from raybrats.config import override_all
-from raybrats.data import cohort, index, storage
-from raybrats.data.phantom import write_phantoms
+from raybrats.data.cohort import index
 from raybrats.errors import UsageError
+from raybrats.phantom.phantom import write_phantoms
 from raybrats.predict.evaluate import evaluate
 from raybrats.predict.predict import predict
 from raybrats.predict.report import write_report
 from raybrats.recipes import tiny
-from raybrats.train.run import train
+from raybrats.runs.run import train
 
 SHAPE = (64, 64, 48)
 NUM_CASES = 12
@@ -34,7 +34,7 @@ def run_demo(out: str) -> dict[str, Any]:
     config = override_all(tiny(), places)
     write_phantoms(phantoms, num_cases=NUM_CASES, shape=SHAPE, edition="2020", seed=config.run.seed)
     cluster.connect()
-    found = cohort.summary(index.index(phantoms, cohort_uri))
+    found = index.summary(index.index(phantoms, cohort_uri))
     result = train(config)
     assert result.model is not None, "the demo registers its model"
     predictions = storage.join(result.run_uri, "predictions")

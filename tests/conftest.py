@@ -30,8 +30,8 @@ from raybrats.config import (
     TrackingConfig,
     TrainConfig,
 )
-from raybrats.data.index import index
-from raybrats.data.phantom import write_phantoms
+from raybrats.data.cohort.index import index
+from raybrats.phantom.phantom import write_phantoms
 
 TESTS = Path(__file__).parent
 # No example fails for its time: machines are loaded, and tests of time are elsewhere

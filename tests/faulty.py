@@ -43,7 +43,7 @@ class Story:
     """Least seconds a step, so that faults from outside find the run at work."""
 
     def worker(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-        """What Ray Train runs instead of `raybrats.train.job.work`."""
+        """What Ray Train runs instead of `raybrats.runs.job.work`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return partial(_work, self)
 
@@ -64,8 +64,8 @@ class Story:
 def _work(story: Story, settings: Mapping[str, Any]) -> dict[str, Any]:
     import ray.train
 
+    from raybrats.runs.job import work
     from raybrats.train import loop
-    from raybrats.train.job import work
 
     context, update, begun = ray.train.get_context(), loop.update, []
     rank, world = context.get_world_rank(), context.get_world_size()

@@ -24,9 +24,9 @@ from raybrats.config import (
 )
 from raybrats.data.batch import Batch
 from raybrats.data.patch import PatchRule, draw_patch
-from raybrats.data.phantom import make_phantom
 from raybrats.data.plan import Plan
 from raybrats.data.prepare import Prepared, prepare
+from raybrats.phantom.phantom import make_phantom
 from raybrats.train import checkpoint, loop
 from raybrats.train.learner import Learner, new_learner
 from raybrats.train.loop import Hooks

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from services import free_ports
 
+from raybrats import storage
 from raybrats.arguments import config_of
 from raybrats.cli import VERBS
-from raybrats.data import storage
-from raybrats.data.index import index
-from raybrats.data.phantom import write_phantoms
+from raybrats.data.cohort.index import index
+from raybrats.phantom.phantom import write_phantoms
 from raybrats.recipes import RECIPES
 
 SHAPE = (24, 24, 20)

@@ -25,9 +25,8 @@ import deflate
 import numpy as np
 
 from raybrats.config import DataConfig
-from raybrats.data.case import Case
-from raybrats.data.cohort import prepare_case
-from raybrats.data.memory import keep_freed
+from raybrats.data.cohort.case import Case, prepare_case
+from raybrats.data.nifti.memory import keep_freed
 from raybrats.data.prepare import Prepared
 
 VERSION = 2

@@ -14,7 +14,7 @@ from raybrats.config import Normalisation
 from raybrats.errors import DataError
 
 if TYPE_CHECKING:
-    from raybrats.data.volume import Volume
+    pass
 
 Box = tuple[slice, slice, slice]
 _INT16 = np.iinfo(np.int16)
@@ -75,11 +75,11 @@ def prepare(
     """
     from raybrats.data import scan  # numba: only where cases are prepared, not where they are read
 
-    mask = None if labels is None else _stored(labels)
+    mask = None if labels is None else scan.stored(labels)
     if box is None:
         shape = _common([m.shape for m in modalities] + ([] if labels is None else [labels.shape]))
         pairs = [_quantised(modality) for modality in modalities]
-        whole = tuple(_stored(voxels) for voxels, _ in pairs)
+        whole = tuple(scan.stored(voxels) for voxels, _ in pairs)
         background = np.array([outside for _, outside in pairs], np.int16)
         ends, sums = scan.brain(whole, background)
         box = _spans(ends if mask is None else _joined(ends, scan.tumour(mask)[0]))
@@ -87,7 +87,7 @@ def prepare(
     else:
         image, background, shapes = _cropped(modalities, box)
         shape = _common(shapes + ([] if labels is None else [labels.shape]))
-        sums = scan.brain(tuple(map(_read_only, image)), background)[1]
+        sums = scan.brain(tuple(map(scan.read_only, image)), background)[1]
         if not sums[:, 0].any():
             raise DataError("every voxel of the box is background; index the cohort anew")
     if normalisation == "percentile":
@@ -110,30 +110,6 @@ def prepare(
         box=box,
         shape=(int(shape[0]), int(shape[1]), int(shape[2])),
     )
-
-
-def labels_from(volume: "Volume", values: tuple[int, int, int], name: str) -> np.ndarray:
-    """Labels 0, NCR, ED, ET (uint8, canonical) from a label file with these values for them.
-
-    Raises:
-        DataError: a voxel is not a whole number or not one of the values.
-    """
-    from raybrats.data import scan
-
-    whole = _whole(volume, name)
-    ends = () if whole.dtype == np.uint8 else (whole.min(), whole.max())
-    strange = [end for end in ends if not 0 <= end <= 255]
-    labels = np.empty(0, np.uint8)
-    if not strange:
-        labels, unknown = scan.encoded(_stored(whole.astype(np.uint8, copy=False)), values)
-        strange = [unknown] if unknown >= 0 else []
-    if strange:
-        known = ", ".join(str(v) for v in (0, *values))
-        raise DataError(
-            f"{name}: unknown label {strange[0]:g}; this edition has {known}; map it to one of "
-            "them, or leave the case out"
-        )
-    return labels.T
 
 
 def restore(prediction: np.ndarray, prepared: Prepared) -> np.ndarray:
@@ -178,41 +154,6 @@ def _cropped(
         shapes.append(voxels.shape)
         del voxels, quantised  # so that the next is unpacked into the same memory
     return image, background, shapes
-
-
-def _stored(voxels: np.ndarray) -> np.ndarray:
-    """The (i, j, k) voxels as (k, j, i), contiguous: a view where the file was canonical.
-
-    Read-only and aligned whatever they come from, as every kind has the scans compiled anew.
-    """
-    return _read_only(np.require(voxels.T, requirements=("C", "A")))
-
-
-def _read_only(voxels: np.ndarray) -> np.ndarray:
-    view = voxels.view()
-    view.flags.writeable = False
-    return view
-
-
-def _whole(volume: "Volume", name: str) -> np.ndarray:
-    """The label file's voxels, all of them whole numbers.
-
-    Raises:
-        DataError: one is not.
-    """
-    from raybrats.data import scan
-
-    plain = (volume.slope, volume.intercept) == (1.0, 0.0)
-    if plain and volume.voxels.dtype.kind in "iu":
-        return volume.voxels
-    exact = volume.voxels if plain else volume.values
-    labels = scan.rounded(_stored(exact))
-    if labels is not None:
-        return labels.T
-    rounded = np.rint(exact)
-    if np.abs(exact - rounded).max(initial=0) > scan.WHOLE:
-        raise DataError(f"{name}: labels are not whole numbers; was it resampled?")
-    return rounded
 
 
 def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:

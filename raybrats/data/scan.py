@@ -24,6 +24,21 @@ WHOLE = 1e-3
 _START = np.array([0, 0, 0, np.iinfo(np.int64).max, np.iinfo(np.int64).min])
 
 
+def stored(voxels: np.ndarray) -> np.ndarray:
+    """The (i, j, k) voxels as (k, j, i), contiguous: a view where the file was canonical.
+
+    Read-only and aligned whatever they come from, as every kind has the scans compiled anew.
+    """
+    return read_only(np.require(voxels.T, requirements=("C", "A")))
+
+
+def read_only(voxels: np.ndarray) -> np.ndarray:
+    """A view that cannot be written through."""
+    view = voxels.view()
+    view.flags.writeable = False
+    return view
+
+
 def brain(
     modalities: tuple[np.ndarray, ...], background: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

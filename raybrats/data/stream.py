@@ -16,7 +16,7 @@ from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
 from raybrats.config import TrainConfig
 from raybrats.data.cache import Tally, prepared
-from raybrats.data.case import Case, from_row
+from raybrats.data.cohort.case import Case, from_row
 from raybrats.data.patch import PatchRule, draw_patch, volume_size
 from raybrats.data.plan import Plan, Visit
 

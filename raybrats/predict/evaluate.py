@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from raybrats import cluster
+from raybrats import cluster, storage
 from raybrats.brats import EDITIONS
-from raybrats.data import cohort, index, layout, storage
-from raybrats.data.prepare import labels_from
-from raybrats.data.volume import Volume, canonical_spacing, decode, on_one_grid
+from raybrats.data.cohort import index, layout, rows
+from raybrats.data.nifti.labels import labels_from
+from raybrats.data.nifti.volume import Volume, canonical_spacing, decode, on_one_grid
 from raybrats.errors import DataError, UsageError
 from raybrats.progress import Display
 
@@ -120,12 +120,12 @@ def _label_files(
     """
     uri = storage.absolute(uri)
     if uri.endswith(".parquet"):
-        cases = cohort.read_cohort(uri)
+        cases = rows.read_cohort(uri)
     else:
         plain = _plain_files(uri, values, wanted)
         if plain:
             return plain
-        cases = cohort.find_cases(uri)
+        cases = index.find_cases(uri)
     found = {
         c.case_id: c.label_uri and LabelFile(c.case_id, c.label_uri, values or c.label_values)
         for c in cases

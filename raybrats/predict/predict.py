@@ -10,14 +10,14 @@ import numpy as np
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from raybrats import cluster
-from raybrats.data import index, storage
-from raybrats.data.case import BAD, INCOMPLETE, Case, open_case
-from raybrats.data.cohort import judged
-from raybrats.data.volume import encode_labels
+from raybrats import cluster, storage
+from raybrats.data.cohort import index
+from raybrats.data.cohort.case import BAD, INCOMPLETE, Case, open_case
+from raybrats.data.cohort.usable import with_modalities
+from raybrats.data.nifti.volume import encode_labels
 from raybrats.errors import DataError, MissingObjectError, RaybratsError, UsageError
 from raybrats.progress import Display
-from raybrats.registry import package, tracking
+from raybrats.registry import load, tracking
 
 RECORD = "predictions.json"
 """Beside the predictions: the model that made them."""
@@ -70,7 +70,7 @@ def predict(
     """
     cluster.connect()
     tracking_uri = tracking_uri or tracking.default_uri()
-    model = package.resolve(model_uri, tracking_uri)
+    model = load.resolve(model_uri, tracking_uri)
     cases = [c for c in index.load(cohort_uri, verify=False) if fold in (None, c.fold)]
     if not cases:
         raise DataError(f"{cohort_uri}: no case in fold {fold}")
@@ -127,14 +127,14 @@ def _run(
     return failed
 
 
-def segment(case: Case, model: package.Model, out_uri: str) -> None:
+def segment(case: Case, model: load.Model, out_uri: str) -> None:
     """Writes the prediction of one case, in its own grid and label values.
 
     Raises:
         DataError: the case is damaged, or lacks modalities and the model was trained with all.
         StorageError: out of reach.
     """
-    status = judged([case], model.modalities)[0].status
+    status = with_modalities([case], model.modalities)[0].status
     if status == BAD or (status == INCOMPLETE and not model.takes_incomplete):
         raise DataError(
             f"{case.case_id}: {case.reason}; complete it, or use a model that was trained with "
@@ -155,7 +155,7 @@ class _Worker:
 
         torch.set_num_threads(task.threads)
         self._task, self._cases = task, cases
-        self._model = package.load(task.model, task.tracking_uri)
+        self._model = load.load(task.model, task.tracking_uri)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         case = self._cases[int(row["place"])]

@@ -5,17 +5,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from raybrats import cluster
+from raybrats import cluster, storage
 from raybrats.brats import MODALITIES
-from raybrats.data import index, storage
-from raybrats.data.cohort import BAD, Case, open_case
-from raybrats.data.prepare import labels_from
-from raybrats.data.volume import canonical_spacing, decode
+from raybrats.data.cohort import index
+from raybrats.data.cohort.case import BAD, Case, open_case
+from raybrats.data.nifti.labels import labels_from
+from raybrats.data.nifti.volume import canonical_spacing, decode
 from raybrats.errors import DataError, MissingObjectError
 from raybrats.predict.evaluate import Evaluation, evaluate
 from raybrats.predict.page import Overlay, Report, render
 from raybrats.predict.predict import RECORD, file_name
-from raybrats.registry import package, tracking
+from raybrats.registry import load, tracking
 from raybrats.registry.tracking import Run
 
 MAX_OVERLAYS = 6
@@ -47,7 +47,7 @@ def write_report(
     tracking_uri = tracking_uri or tracking.default_uri()
     predictions, out_uri = storage.absolute(predictions), storage.absolute(out_uri)
     model = _model_of(predictions)
-    shown = Run(tracking_uri, run or package.run_of(model, tracking_uri))
+    shown = Run(tracking_uri, run or load.run_of(model, tracking_uri))
     there = {storage.name(uri) for uri in storage.list_objects(predictions)}
     cases = index.load(cohort_uri, verify=False)
     cases = [c for c in cases if c.status != BAD and file_name(c) in there]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from raybrats.data import storage
+from raybrats import storage
 from raybrats.errors import MissingObjectError
 
 

@@ -17,8 +17,8 @@ import sqlalchemy.exc
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
+from raybrats import storage
 from raybrats.config import RunConfig, TrainConfig, to_json
-from raybrats.data import storage
 from raybrats.errors import TrackingError, UsageError
 
 _TRANSPORT = (
@@ -207,3 +207,23 @@ def _experiment(client: MlflowClient, config: TrainConfig) -> str:
     if client.tracking_uri.startswith("sqlite:"):  # without a server, artifacts go beside the runs
         place = storage.join(storage.absolute(config.run.storage_uri), "mlartifacts")
     return client.create_experiment(name, artifact_location=place)
+
+
+@contextmanager
+def default_server(uri: str) -> Iterator[None]:
+    """MLflow's fluent calls go to this server.
+
+    MLflow also writes the URI into the environment, where later runs would take it for the user's.
+    """
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+    before = {name: os.environ.get(name) for name in names}
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

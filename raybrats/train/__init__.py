@@ -1,1 +1,1 @@
-"""Batches -> checkpoint."""
+"""Batches -> checkpoint: plain torch; no Ray, no MLflow."""

@@ -17,8 +17,8 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
+from raybrats import storage
 from raybrats.config import TrainConfig, digest, to_json
-from raybrats.data import storage
 from raybrats.errors import ChangedObjectError, CheckpointError, MissingObjectError
 
 MANIFEST = "MANIFEST.json"

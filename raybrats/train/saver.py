@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raybrats import storage
 from raybrats.config import TrainConfig
-from raybrats.data import storage
 from raybrats.errors import CheckpointError, DivergedError, StorageError
 from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Checkpoint, Snapshot, Written

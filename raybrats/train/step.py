@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raybrats.data.augment import augment
+from raybrats.data.augment.augment import augment
 from raybrats.data.batch import Batch, normalise
 from raybrats.errors import DivergedError
 from raybrats.model.network import heads

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from raybrats.config import AugmentConfig, TrainConfig
-from raybrats.data.augment import augment
+from raybrats.data.augment.augment import augment
 from raybrats.data.batch import Batch, normalise
-from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import prepare
+from raybrats.phantom.phantom import make_phantom
 from raybrats.recipes import nnunet
 
 COPY, MIX, STEP = "copy of the float32 batch", "default mix (mean)", "nnunet step"

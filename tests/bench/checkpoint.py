@@ -32,7 +32,7 @@ import fsspec
 import measure
 import torch
 
-from raybrats.data import storage
+from raybrats import storage
 from raybrats.errors import CheckpointError, MissingObjectError
 from raybrats.recipes import nnunet
 from raybrats.train import checkpoint

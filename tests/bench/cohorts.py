@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from raybrats.data import storage
-from raybrats.data.case import Case
+from raybrats import storage
+from raybrats.data.cohort.case import Case
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 

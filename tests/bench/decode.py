@@ -27,9 +27,9 @@ from nibabel import orientations
 
 from raybrats.brats import MODALITIES
 from raybrats.config import DataConfig
-from raybrats.data.case import Case
-from raybrats.data.cohort import find_cases, prepare_case, verify_case
-from raybrats.data.volume import CANONICAL
+from raybrats.data.cohort.case import Case, prepare_case
+from raybrats.data.cohort.index import find_cases, verify_case
+from raybrats.data.nifti.volume import CANONICAL
 
 OWN, LIMIT = "raybrats, as indexed", "limit: libdeflate alone"
 

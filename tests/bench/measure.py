@@ -119,7 +119,7 @@ def tree_of(
     cases: str | None, *, num_cases: int = 2, shape: tuple[int, int, int] = PHANTOM_SHAPE
 ) -> Iterator[str]:
     """The tree of the option --cases, else one of phantoms that is removed at the end."""
-    from raybrats.data.phantom import write_phantoms
+    from raybrats.phantom.phantom import write_phantoms
 
     if cases:
         yield cases

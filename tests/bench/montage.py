@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 
 from raybrats.brats import MODALITIES
 from raybrats.config import AugmentConfig, DataConfig
-from raybrats.data.augment import Change, augment, draw_change
+from raybrats.data.augment.augment import Change, augment, draw_change
 from raybrats.data.batch import Batch, normalise
 from raybrats.data.patch import PatchRule, draw_patch
-from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import Prepared, prepare
+from raybrats.phantom.phantom import make_phantom
 
 NEVER = AugmentConfig(**dict.fromkeys(AugmentConfig.CHANGES, 0.0))
 NUM_MIXES = 6
@@ -31,7 +31,8 @@ COLOURS = mpl.colors.ListedColormap([(0, 0, 0, 0), "red", "lime", "gold"])
 def cases_of(tree: str | None) -> list[Prepared]:
     """Two cases of a tree, one twice where there is only one, or two phantoms."""
     if tree:
-        from raybrats.data.cohort import find_cases, prepare_case
+        from raybrats.data.cohort.case import prepare_case
+        from raybrats.data.cohort.index import find_cases
 
         return [prepare_case(case, DataConfig()) for case in (find_cases(tree) * 2)[:2]]
     phantoms = (make_phantom(index, shape=(160, 160, 120)) for index in range(2))

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from raybrats.brats import MODALITIES
-from raybrats.data.case import Case
+from raybrats.data.cohort.case import Case
 
 DATASET_ID = 501
 _NAME = f"Dataset{DATASET_ID}_BraTS"

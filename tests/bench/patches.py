@@ -27,9 +27,10 @@ import torchio as tio
 from measure import Peer
 
 from raybrats.config import DataConfig
-from raybrats.data import augment, batch, cache
-from raybrats.data.case import Case
-from raybrats.data.cohort import find_cases, verify_case
+from raybrats.data import batch, cache
+from raybrats.data.augment import augment
+from raybrats.data.cohort.case import Case
+from raybrats.data.cohort.index import find_cases, verify_case
 from raybrats.data.patch import PatchRule, draw_patch
 from raybrats.recipes import nnunet as nnunet_recipe
 

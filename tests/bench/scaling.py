@@ -28,8 +28,8 @@ from cohorts import Meter, memory_mb, repeated
 
 from raybrats import cluster
 from raybrats.config import DataConfig, OptimConfig, TrainConfig
-from raybrats.data.case import Case
-from raybrats.data.cohort import find_cases, verify_case
+from raybrats.data.cohort.case import Case
+from raybrats.data.cohort.index import find_cases, verify_case
 from raybrats.data.stream import Share, Stream
 
 SHAPE = (96, 96, 64)

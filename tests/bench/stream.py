@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from raybrats import cluster
 from raybrats.config import DataConfig, OptimConfig, TrainConfig
-from raybrats.data.case import Case
-from raybrats.data.cohort import find_cases, verify_case
+from raybrats.data.cohort.case import Case
+from raybrats.data.cohort.index import find_cases, verify_case
 from raybrats.data.plan import Plan
 from raybrats.data.stream import PatchTask, Share, Stream
 

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raybrats.config import AugmentConfig, override
-from raybrats.data.augment import Change, apply_changes, augment, draw_change
+from raybrats.data.augment.augment import Change, apply_changes, augment, draw_change
+from raybrats.data.augment.intensity import bias_field, gaussian
+from raybrats.data.augment.resample import Warp, sampling_grid
 from raybrats.data.batch import Batch, normalise
-from raybrats.data.intensity import bias_field, gaussian
 from raybrats.data.patch import cut
-from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import prepare
-from raybrats.data.resample import Warp, sampling_grid
 from raybrats.errors import UsageError
+from raybrats.phantom.phantom import make_phantom
 
 SIZE = (16, 16, 16)
 SEED = 5

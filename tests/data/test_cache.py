@@ -22,11 +22,11 @@ from raybrats.brats import MODALITIES
 from raybrats.config import DataConfig
 from raybrats.data import cache
 from raybrats.data.cache import Tally, prepared
-from raybrats.data.case import Case
-from raybrats.data.cohort import find_cases, prepare_case, verify_case
-from raybrats.data.phantom import write_phantoms
+from raybrats.data.cohort.case import Case, prepare_case
+from raybrats.data.cohort.index import find_cases, verify_case
 from raybrats.data.prepare import Prepared
 from raybrats.errors import ChangedObjectError, DataError
+from raybrats.phantom.phantom import write_phantoms
 
 pytestmark = pytest.mark.faults
 HIT, MISS = Tally(hits=1), Tally(misses=1)
@@ -632,8 +632,8 @@ def test_reading_the_cache_needs_no_compiler(cases, config):
         "import sys\n"
         "from raybrats.config import DataConfig\n"
         "from raybrats.data.cache import prepared\n"
-        "from raybrats.data.cohort import read_cohort\n"
-        "from raybrats.data.case import Case\n"
+        "from raybrats.data.cohort.rows import read_cohort\n"
+        "from raybrats.data.cohort.case import Case\n"
         f"config = DataConfig(cache_dir={config.cache_dir!r})\n"
         f"print(prepared({cases[0]!r}, config)[1].hits, 'numba' in sys.modules)\n"
     )

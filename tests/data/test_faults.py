@@ -16,13 +16,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from niftis import nifti, with_fields, zipped
 
+from raybrats import storage
 from raybrats.brats import EDITIONS, MODALITIES
 from raybrats.config import NUM_FOLDS, AugmentConfig, DataConfig, TrainConfig
-from raybrats.data import cohort, index, layout, storage
-from raybrats.data.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, open_case
-from raybrats.data.phantom import write_phantoms
-from raybrats.data.volume import decode
+from raybrats.data.cohort import layout
+from raybrats.data.cohort.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, open_case, prepare_case
+from raybrats.data.cohort.index import (
+    find_cases,
+    mark_copies,
+    named,
+    summary,
+    verify_case,
+    with_folds,
+)
+from raybrats.data.cohort.rows import read_cohort, write_cohort
+from raybrats.data.cohort.usable import usable, with_modalities
+from raybrats.data.nifti.volume import decode
 from raybrats.errors import ChangedObjectError, DataError, StorageError
+from raybrats.phantom.phantom import write_phantoms
 
 pytestmark = pytest.mark.faults
 SHAPE = (24, 24, 20)
@@ -57,7 +68,7 @@ def spoil(file: Path, change) -> None:
 
 def verified(tree: Path) -> Case:
     """The first case, verified; the second one is sound whatever becomes of the first."""
-    cases = [cohort.verify_case(case) for case in cohort.find_cases(str(tree))]
+    cases = [verify_case(case) for case in find_cases(str(tree))]
     assert [case.status for case in cases[1:]] == [OK] * (len(cases) - 1)
     assert len(cases) == 2
     return cases[0]
@@ -65,12 +76,6 @@ def verified(tree: Path) -> Case:
 
 def run(**fields) -> TrainConfig:
     return TrainConfig(data=DataConfig(cohort="cohort.parquet", **fields))
-
-
-def usable(config: TrainConfig, cases: list[Case]) -> list[Case]:
-    from raybrats.train import run  # which imports Ray and torch
-
-    return run.usable(config, cases)
 
 
 # D1 damaged files
@@ -173,7 +178,7 @@ def test_d1_no_flipped_bit_of_real_files_is_missed(real_cases: Path, tmp_path: P
 BOMBS = r"""
 import gzip, resource, sys, zlib
 import nibabel as nib, numpy as np
-from raybrats.data.volume import decode
+from raybrats.data.nifti.volume import decode
 from raybrats.errors import DataError
 
 def header(shape, dtype=np.int16):
@@ -299,15 +304,15 @@ def test_d3_a_trailing_axis_of_one_and_a_header_extension_are_borne_with(tree: P
 
 def test_d4_a_missing_modality_is_an_error_unless_the_recipe_drops_modalities(tree: Path):
     part(tree, "t1ce").unlink()
-    cases = [cohort.verify_case(case) for case in cohort.find_cases(str(tree))]
+    cases = [verify_case(case) for case in find_cases(str(tree))]
     first, second = cases
     assert (first.status, first.reason) == (INCOMPLETE, "no t1ce file")
     assert (first.sizes[2], first.digests[2], first.mean[2]) == (0, "", 0)
     assert first.label_counts != ()
-    assert cohort.verify_case(first) == first
+    assert verify_case(first) == first
     empty = open_case(first).volumes[2]
     assert (empty.dtype, empty.shape, empty.any()) == (np.int16, SHAPE, False)
-    assert cohort.prepare_case(first, DataConfig()).gain[2] == 0
+    assert prepare_case(first, DataConfig()).gain[2] == 0
     with pytest.raises(DataError, match=rf"{CASE} \(no t1ce file; augment\.drop_modality takes"):
         usable(run(fold=-1), cases)
     dropping = replace(run(fold=-1), augment=AugmentConfig(drop_modality=0.2))
@@ -319,10 +324,10 @@ def test_d4_a_missing_modality_is_an_error_unless_the_recipe_drops_modalities(tr
 
 def test_d4_only_a_model_trained_with_modalities_dropped_takes_an_incomplete_case(tree: Path):
     from raybrats.predict.predict import segment
-    from raybrats.registry.package import Model
+    from raybrats.registry.load import Model
 
     part(tree, "t1ce").unlink()
-    case = cohort.find_cases(str(tree))[0]
+    case = find_cases(str(tree))[0]
     model = Model("models:/m/1", MODALITIES, lambda image: (image[0] > 0) * 3, False)
     with pytest.raises(DataError, match=rf"^{CASE}: no t1ce file; complete it, or use a model"):
         segment(case, model, str(tree / "out"))
@@ -340,23 +345,23 @@ def test_d4_the_files_of_an_incomplete_case_are_verified_all_the_same(tree: Path
 
 def test_d4_an_incomplete_case_comes_back_from_the_cohort_file(tree: Path):
     part(tree, "flair").unlink()
-    cases = [cohort.verify_case(case) for case in cohort.find_cases(str(tree))]
-    cohort.write_cohort(cases, str(tree / "cohort.parquet"))
-    assert cohort.read_cohort(str(tree / "cohort.parquet")) == cases
-    assert cohort.summary(cases)["quarantined"] == [
+    cases = [verify_case(case) for case in find_cases(str(tree))]
+    write_cohort(cases, str(tree / "cohort.parquet"))
+    assert read_cohort(str(tree / "cohort.parquet")) == cases
+    assert summary(cases)["quarantined"] == [
         {"case_id": CASE, "reason": "no flair file; augment.drop_modality takes such cases"}
     ]
 
 
 def test_d4_a_missing_mask_is_named_but_validation_folders_need_none(tree: Path):
     part(tree, "seg").unlink()
-    cases = [cohort.verify_case(case) for case in cohort.find_cases(str(tree))]
+    cases = [verify_case(case) for case in find_cases(str(tree))]
     assert [case.status for case in cases] == [UNLABELLED, OK]
     with pytest.raises(DataError, match=rf"{CASE} \(no label file\)"):
         usable(run(fold=-1), cases)
     tree.rename(tree.parent / "BraTS2021_ValidationData")
-    found = cohort.find_cases(str(tree.parent))
-    assert usable(run(fold=-1), [cohort.verify_case(case) for case in found])
+    found = find_cases(str(tree.parent))
+    assert usable(run(fold=-1), [verify_case(case) for case in found])
 
 
 def test_d4_case_355_of_2020_is_verified_with_its_renamed_mask(trees: Path, tmp_path: Path):
@@ -368,8 +373,8 @@ def test_d4_case_355_of_2020_is_verified_with_its_renamed_mask(trees: Path, tmp_
         end = file.name.removeprefix("BraTS20_Training_001")
         new = "W39_1998.09.19_Segm.nii.gz" if "seg" in end else f"BraTS20_Training_355{end}"
         file.rename(folder / new)
-    (case,) = cohort.find_cases(str(folder))
-    assert cohort.verify_case(case).status == OK
+    (case,) = find_cases(str(folder))
+    assert verify_case(case).status == OK
 
 
 # D5 odd values
@@ -380,7 +385,7 @@ def test_d5_a_modality_of_zeros_or_of_one_value_is_flagged_and_divides_nothing(t
     spoil(part(tree, "t2"), lambda v, a: nifti(np.full_like(v, 7), a))
     with np.errstate(all="raise"):
         case = verified(tree)
-        prepared = cohort.prepare_case(case, DataConfig())
+        prepared = prepare_case(case, DataConfig())
     assert (case.status, case.reason) == (INCOMPLETE, "t1, t2 constant inside the brain")
     assert np.isfinite([*prepared.gain, *prepared.bias]).all()
     assert (prepared.gain[1], prepared.gain[3]) == (0, 0)
@@ -423,8 +428,8 @@ def test_d5_negative_brain_voxels_and_minus_zero_stay_what_they_are(tree: Path):
 )
 def test_d6_an_edition_has_its_labels_and_no_other(trees, tmp_path, edition, taken, unknown):
     tree = Path(shutil.copytree(trees / edition, tmp_path / "tree"))
-    found = cohort.find_cases(str(tree))
-    sound = cohort.verify_case(found[0])
+    found = find_cases(str(tree))
+    sound = verify_case(found[0])
     assert (sound.status, sound.label_values) == (OK, taken)
     assert min(sound.label_counts[:2]) > 0
 
@@ -432,7 +437,7 @@ def test_d6_an_edition_has_its_labels_and_no_other(trees, tmp_path, edition, tak
         return nifti(np.where(voxels == 2, unknown, voxels).astype(np.uint8), affine)
 
     spoil(Path(found[0].label_uri), relabelled)
-    case = cohort.verify_case(found[0])
+    case = verify_case(found[0])
     assert case.status == BAD
     assert case.reason.startswith(f"{case.case_id}: unknown label {unknown}; this edition has 0, ")
     assert "leave the case out" in case.reason
@@ -463,17 +468,17 @@ def test_d7_one_content_under_two_ids_is_bad(tree: Path, same_order: bool):
     ends = dict(zip(MODALITIES, MODALITIES if same_order else MODALITIES[::-1], strict=True))
     for end in (*MODALITIES, "seg"):
         shutil.copy(part(tree, end), part(tree, ends.get(end, end), other.name))
-    cases = index.mark_copies([cohort.verify_case(c) for c in cohort.find_cases(str(tree))])
+    cases = mark_copies([verify_case(c) for c in find_cases(str(tree))])
     assert [case.status for case in cases] == [OK, OK, BAD]
     assert cases[2].reason == f"same image files as {CASE}; remove one of the two"
-    assert index.mark_copies(cases) == cases
+    assert mark_copies(cases) == cases
 
 
 def test_d7_cases_that_could_not_be_read_are_not_copies_of_each_other(tree: Path):
     for case_id in (CASE, "BraTS2021_00001"):
         part(tree, "t1", case_id).write_bytes(b"")
-    cases = [cohort.verify_case(case) for case in cohort.find_cases(str(tree))]
-    assert index.mark_copies(cases) == cases
+    cases = [verify_case(case) for case in find_cases(str(tree))]
+    assert mark_copies(cases) == cases
 
 
 @given(
@@ -486,7 +491,7 @@ def test_d7_no_subject_is_in_two_folds(visits: dict[int, int], kind: str, seed: 
     ids = [f"BraTS-{kind}-{n:05d}-{t:03d}" for n, times in visits.items() for t in range(times)]
     random.Random(seed).shuffle(ids)
     blank = layout.Files("", "2023", "brats", ("",) * 4, None, (1, 2, 3))
-    cases = cohort.with_folds([cohort.named(replace(blank, case_id=i)) for i in ids])
+    cases = with_folds([named(replace(blank, case_id=i)) for i in ids])
     folds: dict[str, set[int]] = {}
     for case in cases:
         folds.setdefault(case.case_id[:-4], set()).add(case.fold)
@@ -518,9 +523,9 @@ BOXED = {"case_id": "a", "subject": "a", "shape": (9, 9, 7)}
 )
 def test_d7_d8_a_cohort_file_that_was_edited_wrongly_is_refused(tmp_path, changes, said):
     uri = str(tmp_path / "cohort.parquet")
-    cohort.write_cohort([ROW, replace(ROW, **changes)], uri)
+    write_cohort([ROW, replace(ROW, **changes)], uri)
     with pytest.raises(DataError) as caught:
-        cohort.read_cohort(uri)
+        read_cohort(uri)
     assert str(caught.value).startswith(f"{uri}: ")
     assert said in str(caught.value)
     assert "raybrats index" in str(caught.value)
@@ -554,7 +559,7 @@ def test_d8_a_folder_that_is_a_link_is_refused_by_name(tree: Path):
     (tree / CASE).rename(tree.parent / CASE)
     (tree / CASE).symlink_to(tree.parent / CASE)
     with pytest.raises(StorageError, match=f"{CASE}: a link to a folder is not followed; name"):
-        cohort.find_cases(str(tree))
+        find_cases(str(tree))
 
 
 def test_d8_a_broken_link_is_a_missing_file(tree: Path):
@@ -572,7 +577,7 @@ def test_d8_paths_that_a_dataset_json_declares_are_not_read(trees: Path, tmp_pat
     secret.write_bytes(b"")
     declared = [{"image": "../../secret.nii.gz", "label": "/etc/passwd"}]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"training": declared}))
-    cases = cohort.find_cases(str(tree))
+    cases = find_cases(str(tree))
     assert len(cases) == 2
     uris = [uri for case in cases for uri in (*case.image_uris, case.label_uri)]
     assert all(Path(uri).is_relative_to(tree) for uri in uris)
@@ -580,14 +585,14 @@ def test_d8_paths_that_a_dataset_json_declares_are_not_read(trees: Path, tmp_pat
     file.rename(moved)
     file.symlink_to(moved)
     with pytest.raises(DataError, match=r"dataset\.json: a link out of the tree .* copy the file"):
-        cohort.find_cases(str(tree))
+        find_cases(str(tree))
 
 
 def test_d8_a_dataset_json_of_a_million_brackets_is_no_crash(trees: Path, tmp_path: Path):
     tree = Path(shutil.copytree(trees / "msd", tmp_path / "tree"))
     next(tree.rglob("dataset.json")).write_text("[" * 10**6)
     with pytest.raises(DataError, match=r"dataset\.json: not JSON"):
-        cohort.find_cases(str(tree))
+        find_cases(str(tree))
 
 
 def test_d8_names_with_spaces_dots_and_any_script_are_verified(tree: Path):
@@ -597,10 +602,10 @@ def test_d8_names_with_spaces_dots_and_any_script_are_verified(tree: Path):
         file.rename(file.with_name(file.name.replace(CASE, strange).replace(".nii.gz", ".NII.GZ")))
     shadow = next((tree / strange).iterdir())
     (shadow.parent / f"._{shadow.name}").write_bytes(b"\0\5\26\7Mac OS X")
-    cases = [cohort.verify_case(case) for case in cohort.find_cases(str(tree))]
+    cases = [verify_case(case) for case in find_cases(str(tree))]
     assert {case.case_id: case.status for case in cases} == {strange: OK, "BraTS2021_00001": OK}
-    cohort.write_cohort(cases, str(tree / "cohort.parquet"))
-    assert cohort.read_cohort(str(tree / "cohort.parquet")) == cases
+    write_cohort(cases, str(tree / "cohort.parquet"))
+    assert read_cohort(str(tree / "cohort.parquet")) == cases
 
 
 # D9 too few cases: see also tests/train/test_run.py
@@ -609,13 +614,13 @@ def test_d8_names_with_spaces_dots_and_any_script_are_verified(tree: Path):
 def test_d9_no_case_no_label_or_an_empty_side_is_refused_before_workers_start(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no BraTS case found in 0 files; see README"):
-        cohort.find_cases(str(tmp_path / "empty"))
+        find_cases(str(tmp_path / "empty"))
     with pytest.raises(DataError, match=r"no case has labels; training needs them"):
         usable(run(), [])
     with pytest.raises(DataError, match=r"no case for training: .*choose another fold, or -1"):
-        usable(run(fold=0), cohort.with_folds([ROW]))
+        usable(run(fold=0), with_folds([ROW]))
     with pytest.raises(DataError, match=r"no case for validation: .*choose another fold, or -1"):
-        usable(run(fold=4), cohort.with_folds([ROW]))
+        usable(run(fold=4), with_folds([ROW]))
 
 
 def test_d9_fewer_cases_than_workers_are_enough_since_draws_are_dealt_not_cases():
@@ -629,10 +634,10 @@ def test_d9_fewer_cases_than_workers_are_enough_since_draws_are_dealt_not_cases(
 
 def test_an_incomplete_case_is_whole_for_a_run_that_does_not_want_what_it_lacks(tree: Path):
     next(tree.glob("*/*_t1.nii.gz")).unlink()
-    (lacking,) = [c for c in map(cohort.verify_case, cohort.find_cases(str(tree))) if c.missing]
+    (lacking,) = [c for c in map(verify_case, find_cases(str(tree))) if c.missing]
     assert lacking.status == "incomplete"
     statuses = {
-        modalities: cohort.judged([lacking], modalities)[0].status
+        modalities: with_modalities([lacking], modalities)[0].status
         for modalities in (("flair", "t2"), ("t1", "t2"), ("t1",))
     }
     assert list(statuses.values()) == ["ok", "incomplete", "bad"]
@@ -643,7 +648,7 @@ def test_a_label_file_of_four_dimensions_is_bad_by_name(tree: Path):
     image = nib.load(path)
     stacked = np.stack([np.asarray(image.dataobj)] * 2, axis=-1)
     nib.save(nib.Nifti1Image(stacked, image.affine), path)
-    first, second = map(cohort.verify_case, cohort.find_cases(str(tree)))
+    first, second = map(verify_case, find_cases(str(tree)))
     assert (first.status, second.status) == ("bad", "ok")
     assert first.case_id in first.reason
     assert "expected one 3-D volume" in first.reason

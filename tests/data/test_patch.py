@@ -20,8 +20,8 @@ from raybrats.data.patch import (
     draw_patch,
     volume_size,
 )
-from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import Prepared, prepare
+from raybrats.phantom.phantom import make_phantom
 
 SHAPE = (24, 24, 20)
 SAMPLINGS = get_args(get_type_hints(DataConfig)["sampling"])

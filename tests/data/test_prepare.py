@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from raybrats.brats import EDITIONS
-from raybrats.data.phantom import make_phantom
-from raybrats.data.prepare import Prepared, bounding_box, labels_from, prepare, restore
-from raybrats.data.volume import Grid, Volume
+from raybrats.data.nifti.header import Grid
+from raybrats.data.nifti.labels import labels_from
+from raybrats.data.nifti.volume import Volume
+from raybrats.data.prepare import Prepared, bounding_box, prepare, restore
 from raybrats.errors import DataError
+from raybrats.phantom.phantom import make_phantom
 
 SHAPE = (24, 24, 20)
 GRID = Grid(SHAPE, np.diag([-1.0, -1.0, 1.0, 1.0]), known=True)

@@ -18,15 +18,17 @@ from ray.util.state import list_tasks
 from services import S3, RayHead, upload_folder
 
 from raybrats.config import TrainConfig, override, override_all
-from raybrats.data import cohort, index, stream
+from raybrats.data import stream
 from raybrats.data.batch import Batch
 from raybrats.data.cache import Tally
-from raybrats.data.case import Case
+from raybrats.data.cohort.case import Case, prepare_case
+from raybrats.data.cohort.index import find_cases, index, load, verify_case
+from raybrats.data.cohort.rows import read_cohort
 from raybrats.data.patch import PatchRule, draw_patch, volume_size
-from raybrats.data.phantom import write_phantoms
 from raybrats.data.plan import Plan
 from raybrats.data.stream import Share, Stream
 from raybrats.errors import DataError
+from raybrats.phantom.phantom import write_phantoms
 from raybrats.recipes import tiny
 
 pytestmark = pytest.mark.ray
@@ -44,7 +46,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cases(tree: Path) -> list[Case]:
-    return [cohort.verify_case(case) for case in cohort.find_cases(str(tree))]
+    return [verify_case(case) for case in find_cases(str(tree))]
 
 
 def config_in(folder: Path) -> TrainConfig:
@@ -122,7 +124,7 @@ def test_the_patches_are_those_of_a_direct_cut(
     streamed = batches(config, cases, rank=0, world=1, start=0)
     rows = [places(batch, slice(place, place + 1)) for batch in streamed for place in range(4)]
     for row, visit in zip(rows, visits, strict=True):
-        prepared = cohort.prepare_case(cases[visit.case], config.data)
+        prepared = prepare_case(cases[visit.case], config.data)
         (draw,) = visit.draws
         image, labels = draw_patch(prepared, rule, draw=draw, case=visit.case, turn=visit.turn)
         assert row.draw.tolist() == [draw]
@@ -251,7 +253,7 @@ def uploaded(
     root, bucket = tmp_path_factory.mktemp("uploaded"), new_bucket()
     write_phantoms(str(root), num_cases=6, shape=(32, 32, 24), edition="2021")
     uri = upload_folder(s3, root, bucket, "cases")
-    found = [cohort.verify_case(case) for case in cohort.find_cases(uri)]
+    found = [verify_case(case) for case in find_cases(uri)]
     uris = [(*case.image_uris, case.label_uri) for case in found]
     sizes = {
         uri.removeprefix("s3:/"): size
@@ -341,7 +343,7 @@ def test_a_file_changed_since_indexing_ends_the_stream_by_name(
     config: TrainConfig, tree: Path, tmp_path: Path
 ):
     copy = Path(shutil.copytree(tree, tmp_path / "tree"))
-    moved = [cohort.verify_case(case) for case in cohort.find_cases(str(copy))]
+    moved = [verify_case(case) for case in find_cases(str(copy))]
     for file in copy.glob("*/*-t1c.nii.gz"):
         file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(Exception, match=r"-t1c\.nii\.gz: \d+ bytes where \d+ were recorded"):
@@ -356,7 +358,7 @@ def test_indexing_a_tree_quarantines_the_truncated_file(
     victim = sorted(copy.glob("*/*-t2f.nii.gz"))[2]
     victim.write_bytes(victim.read_bytes()[:1000])
     out = tmp_path / "out" / "cohort.parquet"
-    found = index.index(str(copy), str(out))
+    found = index(str(copy), str(out))
     assert [case.case_id for case in found] == [case.case_id for case in cases]
     assert [case.status for case in found] == ["ok", "ok", "bad", "ok", "ok"]
     assert victim.name in found[2].reason
@@ -364,8 +366,8 @@ def test_indexing_a_tree_quarantines_the_truncated_file(
         if ours.status == "ok":
             assert (ours.digests, ours.box, ours.mean) == (theirs.digests, theirs.box, theirs.mean)
         assert ours.fold == theirs.fold
-    assert index.load(str(out)) == cohort.read_cohort(str(out)) == found
-    assert [case.sizes for case in index.load(str(copy), verify=False)] == [()] * 5
+    assert load(str(out)) == read_cohort(str(out)) == found
+    assert [case.sizes for case in load(str(copy), verify=False)] == [()] * 5
 
 
 @pytest.mark.s3
@@ -374,16 +376,16 @@ def test_a_tree_in_a_bucket_is_indexed_where_it_lies(
 ):
     assert ray_cluster.address
     uri = upload_folder(s3, tree, bucket, "BraTS2023")
-    found = index.index(uri, f"s3://{bucket}/cohort.parquet")
+    found = index(uri, f"s3://{bucket}/cohort.parquet")
     assert all(image.startswith(f"{uri}/") for case in found for image in case.image_uris)
     assert [case.digests for case in found] == [case.digests for case in cases]
     assert {case.status for case in found} == {"ok"}
-    assert index.load(f"s3://{bucket}/cohort.parquet") == found
-    assert index.load(uri) == found, "a run on a tree indexes it first"
+    assert load(f"s3://{bucket}/cohort.parquet") == found
+    assert load(uri) == found, "a run on a tree indexes it first"
 
 
 def test_no_cohort_and_no_case_are_told_before_any_task(tmp_path: Path):
     with pytest.raises(DataError, match=r"data\.cohort is empty"):
-        index.load("")
+        load("")
     with pytest.raises(DataError, match="no BraTS case found in 0 files"):
-        index.index(str(tmp_path))
+        index(str(tmp_path))

@@ -10,7 +10,7 @@ from faulty import STEPS
 
 from raybrats.config import TrainConfig, override_all
 from raybrats.errors import RaybratsError
-from raybrats.train.run import train
+from raybrats.runs.run import train
 
 
 @pytest.fixture(scope="session")

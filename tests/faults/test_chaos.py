@@ -17,12 +17,13 @@ from faulty import SOAK, STEPS, Story
 from mlflow import MlflowClient
 from services import processes, ray_head, run_job
 
+from raybrats import storage
 from raybrats.config import override_all
-from raybrats.data import storage
-from raybrats.data.phantom import write_phantoms
 from raybrats.errors import StorageError
-from raybrats.train import checkpoint, launch
-from raybrats.train.run import train
+from raybrats.phantom.phantom import write_phantoms
+from raybrats.runs import launch
+from raybrats.runs.run import train
+from raybrats.train import checkpoint
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
 SECONDS, EVERY_S = (300, 15) if SOAK else (60, 14)
@@ -127,7 +128,7 @@ def test_a_run_in_chaos_ends_and_its_history_is_whole(base, ray_cluster, tmp_pat
 SCRIPT = """
 import json, sys
 from raybrats.config import from_json
-from raybrats.train.run import train
+from raybrats.runs.run import train
 result = train(from_json(open(sys.argv[1]).read()))
 print(json.dumps({"steps": result.steps, "restarts": result.restarts}))
 """

@@ -18,7 +18,7 @@ from ranks import CASES, CONFIG, CPU, batches, steps, together
 from s3fs import S3FileSystem
 from services import S3
 
-from raybrats.data import storage
+from raybrats import storage
 from raybrats.errors import CheckpointError, DivergedError, StorageError
 from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Snapshot

@@ -10,7 +10,7 @@ import pytest
 from s3fs import S3FileSystem
 from services import S3
 
-from raybrats.data import storage
+from raybrats import storage
 from raybrats.errors import StorageError
 
 pytestmark = [pytest.mark.faults, pytest.mark.s3]

@@ -13,14 +13,15 @@ from faulty import SOAK
 from mlflow import MlflowClient
 from services import http_status, run_job  # noqa: F401
 
+from raybrats import storage
 from raybrats.config import override_all
-from raybrats.data import storage
 from raybrats.errors import RegistrationError, TrackingError, UsageError
 from raybrats.progress import watched
 from raybrats.registry import spool
-from raybrats.train import checkpoint, record
-from raybrats.train.run import train
-from raybrats.train.stop import Stop
+from raybrats.runs import record
+from raybrats.runs.run import train
+from raybrats.runs.stop import Stop
+from raybrats.train import checkpoint
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,9 @@ from faulty import SOAK, Story
 from services import RayHead, RayNode, ray_node
 
 from raybrats.config import TrainConfig, override_all
-from raybrats.train import checkpoint, launch
-from raybrats.train.run import Result, train
+from raybrats.runs import launch
+from raybrats.runs.run import Result, train
+from raybrats.train import checkpoint
 
 pytestmark = [
     pytest.mark.faults,

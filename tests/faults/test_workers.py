@@ -9,11 +9,12 @@ import torch
 from faulty import SOAK, Fault, Story
 from mlflow import MlflowClient
 
+from raybrats import storage
 from raybrats.config import override_all
-from raybrats.data import storage
 from raybrats.errors import CheckpointError, RaybratsError
-from raybrats.train import checkpoint, launch
-from raybrats.train.run import train
+from raybrats.runs import launch
+from raybrats.runs.run import train
+from raybrats.train import checkpoint
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow, pytest.mark.slow]
 FAULTS = (

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from services import S3, RayHead, json_document, run_job, upload_folder
 
-from raybrats.data.phantom import write_phantoms
+from raybrats.phantom.phantom import write_phantoms
 
 ROOT = Path(__file__).parents[2]
 TRIALS = 4 if "RAYBRATS_SOAK" in os.environ else 2

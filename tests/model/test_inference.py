@@ -12,12 +12,12 @@ from torch import nn
 
 from raybrats.config import DataConfig, NetworkConfig, TrainConfig, ValidationConfig
 from raybrats.data.patch import cut_slice
-from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import bounding_box, prepare
 from raybrats.errors import DataError
 from raybrats.model.inference import labels_of, predict_case, predict_regions, segment
 from raybrats.model.loss import region_masks
 from raybrats.model.network import build
+from raybrats.phantom.phantom import make_phantom
 
 SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 CONFIG = TrainConfig(

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from raybrats.brats import REGION_LABELS, REGIONS
-from raybrats.data.prepare import labels_from
-from raybrats.data.volume import decode
+from raybrats.data.nifti.labels import labels_from
+from raybrats.data.nifti.volume import decode
 from raybrats.model.metrics import (
     HD95_ONE_EMPTY_MM,
     hd95,

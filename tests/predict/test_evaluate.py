@@ -7,10 +7,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from raybrats.data.cohort import find_cases, write_cohort
-from raybrats.data.phantom import write_phantoms
+from raybrats.data.cohort.index import find_cases
+from raybrats.data.cohort.rows import write_cohort
 from raybrats.errors import DataError, UsageError
 from raybrats.model.metrics import score_case
+from raybrats.phantom.phantom import write_phantoms
 from raybrats.predict.evaluate import SCORES, LabelFile, evaluate, means, score_pair
 
 SHAPE = (12, 10, 8)

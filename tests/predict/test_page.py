@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageSequence
 
 from raybrats.brats import ED, ET, NCR, REGIONS
-from raybrats.data.phantom import make_phantom
+from raybrats.phantom.phantom import make_phantom
 from raybrats.predict import page as page
 from raybrats.predict.evaluate import SCORES
 from raybrats.predict.page import Overlay, Report, render

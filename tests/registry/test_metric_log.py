@@ -12,8 +12,8 @@ from fault_proxy import fault_proxy, line_to
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 
+from raybrats import storage
 from raybrats.config import RunConfig, TrackingConfig, TrainConfig
-from raybrats.data import storage
 from raybrats.errors import TrackingError
 from raybrats.registry import spool, tracking
 from raybrats.registry.metric_log import MetricLog, replay

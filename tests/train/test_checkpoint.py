@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
+from raybrats import storage
 from raybrats.config import NetworkConfig, TrainConfig, digest, from_json
-from raybrats.data import storage
 from raybrats.errors import CheckpointError
 from raybrats.model.network import build, weights_of
 from raybrats.train import checkpoint

@@ -19,9 +19,9 @@ from raybrats.config import (
 )
 from raybrats.data.batch import Batch
 from raybrats.data.patch import PatchRule, cut, draw_patch, volume_size
-from raybrats.data.phantom import make_phantom
 from raybrats.data.prepare import prepare
 from raybrats.model.network import weights_of
+from raybrats.phantom.phantom import make_phantom
 from raybrats.train import checkpoint, loop
 from raybrats.train.checkpoint import Snapshot
 from raybrats.train.learner import learning_rate, new_learner

@@ -1,0 +1,1 @@
+"""Batch -> augmented batch, on the device: drawn first, then applied."""

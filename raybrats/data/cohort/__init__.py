@@ -1,0 +1,1 @@
+"""A tree of cases -> rows, and a row -> its files opened together."""

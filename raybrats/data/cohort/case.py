@@ -1,0 +1,235 @@
+"""A case: its row in a cohort, its files opened together, and prepared."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from raybrats import storage
+from raybrats.brats import MODALITIES
+from raybrats.config import DataConfig
+from raybrats.data.cohort import source
+from raybrats.data.cohort.source import Source
+from raybrats.data.nifti.header import Grid
+from raybrats.data.nifti.labels import labels_from
+from raybrats.data.nifti.volume import Volume, on_one_grid
+from raybrats.data.prepare import Prepared, prepare
+from raybrats.errors import DataError
+
+OK, UNLABELLED, INCOMPLETE, BAD = "ok", "unlabelled", "incomplete", "bad"
+"""Incomplete: sound, but without all modalities; with or without labels."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a cohort file."""
+
+    case_id: str
+    subject: str
+    edition: str
+    layout: str
+    image_uris: tuple[str, ...]
+    """One a modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
+    label_uri: str | None
+    label_values: tuple[int, ...]
+    """Values of NCR, ED and ET in the label file."""
+    sizes: tuple[int, ...] = ()
+    """Bytes of the image files, 0 for a missing one, then of the label file."""
+    digests: tuple[str, ...] = ()
+    """BLAKE3 of the same, empty for a missing one."""
+    shape: tuple[int, ...] = ()
+    """Canonical (i, j, k)."""
+    spacing_mm: tuple[float, ...] = ()
+    label_counts: tuple[int, ...] = ()
+    """Voxels of NCR, ED and ET."""
+    box: tuple[int, ...] = ()
+    """Foreground box: first and one-past-last voxel of i, j and k."""
+    mean: tuple[float, ...] = ()
+    """Of each modality inside the brain, as stored on disk."""
+    deviation: tuple[float, ...] = ()
+    fold: int = -1
+    status: str = OK
+    reason: str = ""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Modalities without a file."""
+        if len(self.image_uris) != len(MODALITIES):
+            return ()
+        return tuple(m for m, uri in zip(MODALITIES, self.image_uris, strict=True) if not uri)
+
+
+def from_row(row: Mapping[str, Any]) -> Case:
+    """The case of a row of plain values, lists where a case has tuples.
+
+    Raises:
+        TypeError: the row has other fields.
+    """
+    return Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A case in memory."""
+
+    volumes: tuple[np.ndarray, ...]
+    """Canonical voxels (i, j, k) of each modality that was asked for, in that order."""
+    labels: np.ndarray | None
+    grid: Grid
+    """Of the first file opened; where it does not know how it lies, of the first that does."""
+    sources: tuple[Source | None, ...]
+    """The image files, None for a missing or unwanted one, then the label file."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each source."""
+        return tuple(found.size if found else 0 for found in self.sources)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """BLAKE3 of each source."""
+        return tuple(found.digest if found else "" for found in self.sources)
+
+
+def open_case(case: Case, modalities: Sequence[str] = MODALITIES, *, labels: bool = True) -> Opened:
+    """Reads and decodes the files of a case that are wanted, and checks that they belong together.
+
+    A file without an orientation lies as the others do, so where none of those wanted has one, all
+    are opened.
+
+    Raises:
+        DataError: a file is damaged, or files of the case differ in grid.
+        StorageError: a file is out of reach, or not the bytes that were indexed.
+    """
+    opened = open_files(case, modalities, labels=labels)
+    if opened.grid.known or (labels and set(modalities) >= set(MODALITIES)):
+        return opened
+    every = open_files(case, (*modalities, *MODALITIES))
+    volumes = every.volumes[: len(modalities)]
+    return replace(every, volumes=volumes, labels=every.labels if labels else None)
+
+
+def open_files(case: Case, modalities: Sequence[str], *, labels: bool = True) -> Opened:
+    """The files that are wanted and no others, laid as those among them that know how they lie.
+
+    Raises:
+        DataError: a file is damaged, or files of the case differ in grid.
+        StorageError: a file is out of reach, or not the bytes that were indexed.
+    """
+    sources = _sources(case, modalities, labels=labels)
+    read = [found for found in sources if found is not None]
+    names = [storage.name(found.uri) for found in read]
+    volumes = on_one_grid(case.case_id, names, [found.volume() for found in read])
+    images, encoded = volumes, None
+    if labels and case.label_uri is not None:
+        *images, mask = volumes
+        if mask.voxels.ndim != 3:
+            shape = mask.voxels.shape
+            raise DataError(f"{case.case_id}: its label file is {shape}; expected one 3-D volume")
+        values = case.label_values
+        encoded = labels_from(mask, (values[0], values[1], values[2]), case.case_id)
+    return Opened(
+        volumes=_modalities(case, modalities, images),
+        labels=encoded,
+        grid=volumes[0].grid,
+        sources=tuple(sources),
+    )
+
+
+def _sources(case: Case, modalities: Sequence[str], *, labels: bool) -> list[Source | None]:
+    """The image files, None for one that is missing or not wanted, then the label file.
+
+    Raises:
+        DataError: none of the modalities that are wanted has a file.
+        StorageError: a file is out of reach, or not the bytes that were indexed.
+    """
+    uris = case.image_uris
+    if len(uris) == len(MODALITIES):
+        uris = tuple(u if m in modalities else "" for m, u in zip(MODALITIES, uris, strict=True))
+    if modalities and not any(uris):
+        raise DataError(f"{case.case_id}: no {', '.join(modalities)} file")
+    uris += (case.label_uri,) if labels and case.label_uri else ()
+    # a row tells of the labels too, where they are not wanted
+    expected = case.sizes or (None,) * len(uris), case.digests or (None,) * len(uris)
+    return [
+        source.read(uri, size=size, digest=digest) if uri else None
+        for uri, size, digest in zip(uris, *expected, strict=False)
+    ]
+
+
+def _modalities(
+    case: Case, modalities: Sequence[str], images: Sequence[Volume]
+) -> tuple[np.ndarray, ...]:
+    """One canonical array a modality, scaled where the file says so; a missing one is zeros."""
+    if not modalities:
+        return ()
+    plain = [v.voxels if (v.slope, v.intercept) == (1.0, 0.0) else v.values for v in images]
+    single = len(case.image_uris) == 1
+    if single and plain[0].ndim == 4:
+        plain = [plain[0][..., m] for m in range(plain[0].shape[3])]
+    there = [m for m in MODALITIES if single or (m in modalities and m not in case.missing)]
+    if len(plain) != len(there) or any(v.ndim != 3 for v in plain):
+        shapes = ", ".join(str(v.voxels.shape) for v in images)
+        rule = "expected one 3-D file a modality, or one 4-D file of flair, t1, t1ce, t2"
+        raise DataError(f"{case.case_id}: {shapes} is not four modalities of 3-D volumes; {rule}")
+    found = dict(zip(there, plain, strict=True))
+    return tuple(_empty(plain[0].shape) if m in case.missing else found[m] for m in modalities)
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    voxels = np.zeros(shape, np.int16, order="F")
+    voxels.flags.writeable = False  # as decoded ones are
+    return voxels
+
+
+def prepare_case(case: Case, data: DataConfig) -> Prepared:
+    """A case read, decoded, cropped and quantised, with the modalities that are asked for.
+
+    An indexed case is cropped to the box in its row, which is that of all its modalities. That its
+    files belong together was seen when it was indexed, so they are opened one after the other.
+
+    Raises:
+        DataError: the case is damaged, or not as its row says.
+        StorageError: a file is out of reach, or not the bytes that were indexed.
+    """
+    how = data.normalisation, data.percentiles
+    box = tuple(slice(*case.box[first : first + 2]) for first in (0, 2, 4)) if case.box else None
+    if box and len(case.image_uris) > 1:  # a 4-D file is not opened in parts
+        with suppress(_Unoriented):
+            labels = _alone(case, None).labels if case.label_uri else None
+            return prepare(_Modalities(case, data.modalities), labels, *how, box=box)
+    opened = open_case(case, data.modalities)
+    return prepare(opened.volumes, opened.labels, *how, box=box)
+
+
+class _Unoriented(Exception):  # noqa: N818 - never seen outside
+    """A file lies as the others do, so all are needed at once."""
+
+
+class _Modalities(Sequence[np.ndarray]):
+    """The volumes of an indexed case, each opened when it is asked for."""
+
+    def __init__(self, case: Case, names: Sequence[str]) -> None:
+        self._case, self._names = case, names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, place: int) -> np.ndarray:
+        case, name = self._case, self._names[place]
+        if name in case.missing:
+            return np.zeros(case.shape, np.int16, order="F")
+        volume = _alone(case, name).volumes[0]
+        if volume.shape != case.shape:
+            raise DataError(f"{case.case_id}: {volume.shape} voxels where its row has {case.shape}")
+        return volume
+
+
+def _alone(case: Case, modality: str | None) -> Opened:
+    """The file of a modality, or of the labels where none is named."""
+    opened = open_files(case, (modality,) if modality else (), labels=not modality)
+    if not opened.grid.known:
+        raise _Unoriented
+    return opened

@@ -1,0 +1,168 @@
+"""Verifying a tree on the cluster: every case read and opened once, as Ray tasks."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from raybrats import cluster, storage
+from raybrats.brats import MODALITIES
+from raybrats.config import NUM_FOLDS
+from raybrats.data.cohort import layout, rows
+from raybrats.data.cohort.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, open_case
+from raybrats.data.cohort.usable import quarantined
+from raybrats.data.nifti.volume import canonical_spacing
+from raybrats.data.prepare import prepare
+from raybrats.errors import ChangedObjectError, DataError, MissingObjectError
+from raybrats.progress import Display
+
+TASK_MEMORY = 600 * 2**20
+"""Bytes that opening one case may take: 4 modalities of 240x240x155 inflated, and copies."""
+
+
+def index(uri: str, out_uri: str | None = None) -> list[Case]:
+    """The verified cases of a tree, also written as a cohort file where one is asked for.
+
+    Raises:
+        DataError: there is no case.
+        StorageError: the tree is out of reach.
+    """
+    found = find_cases(uri)
+    verified = cluster.each(verify_case, found, num_cpus=1, memory=TASK_MEMORY)
+    cases: list[Case] = []
+    with Display("indexing", len(found)) as display:
+        for case in verified:
+            cases.append(case)
+            display.show(len(cases), case.case_id)
+    cases = mark_copies(sorted(cases, key=lambda case: case.case_id))
+    if out_uri is not None:
+        rows.write_cohort(cases, out_uri)
+    return cases
+
+
+def mark_copies(cases: Sequence[Case]) -> list[Case]:
+    """The cases, with those bad that have the very image files of an earlier one, in any order.
+
+    Under two ids they could come to lie on both sides of a split.
+    """
+    first: dict[tuple[str, ...], str] = {}
+    marked = []
+    for case in cases:
+        content = tuple(sorted(case.digests[: len(case.image_uris)]))
+        original = first.setdefault(content, case.case_id) if content else case.case_id
+        if original != case.case_id and case.status != BAD:
+            reason = f"same image files as {original}; remove one of the two"
+            case = replace(case, status=BAD, reason=reason)
+        marked.append(case)
+    return marked
+
+
+def load(uri: str, *, verify: bool = True) -> list[Case]:
+    """The cases of a cohort file, or of a tree, which is indexed first where asked for.
+
+    Raises:
+        DataError: no URI, or no case there.
+    """
+    if not uri:
+        raise DataError("data.cohort is empty; give a cohort file or a tree of cases")
+    if uri.endswith(".parquet"):
+        return rows.read_cohort(storage.absolute(uri))
+    return index(uri) if verify else find_cases(uri)
+
+
+def find_cases(uri: str) -> list[Case]:
+    """The cases below a URI by their names, not opened yet, with their folds."""
+    cases = [named(files) for files in layout.find_files(uri)]
+    return with_folds(cases)
+
+
+def named(files: layout.Files) -> Case:
+    """A case by its names: not opened, without a fold."""
+    parts = files.case_id.split("-")
+    repeated = len(parts) == 4 and parts[0].lower() == "brats" and parts[-1].isdigit()
+    case = Case(
+        case_id=files.case_id,
+        subject="-".join(parts[:-1]) if repeated else files.case_id,
+        edition=files.edition,
+        layout=files.layout,
+        image_uris=files.image_uris,
+        label_uri=files.label_uri,
+        label_values=files.label_values,
+    )
+    if files.problem:
+        return replace(case, status=BAD, reason=files.problem)
+    return replace(case, status=INCOMPLETE, reason=_lacks(case, ())) if case.missing else case
+
+
+def with_folds(cases: Sequence[Case]) -> list[Case]:
+    """The cases with folds of equal size, all scans of a subject in one fold.
+
+    Subjects are ordered by the sha256 of their name, so the folds do not depend on the order of
+    the files.
+    """
+    subjects = sorted({c.subject for c in cases}, key=lambda s: hashlib.sha256(s.encode()).digest())
+    fold = {subject: n % NUM_FOLDS for n, subject in enumerate(subjects)}
+    return [replace(case, fold=fold[case.subject]) for case in cases]
+
+
+def verify_case(case: Case) -> Case:
+    """The case with everything that opening it shows; its status and reason if it is bad.
+
+    Raises:
+        StorageError: the store is out of reach, which says nothing about the case.
+    """
+    if case.status == BAD:
+        return case
+    try:
+        opened = open_case(case)
+        prepared = prepare(opened.volumes, opened.labels)
+        inside = (prepared.image != prepared.background[:, None, None, None]).any(axis=0)
+        if not inside.any():
+            raise DataError(f"{case.case_id}: every voxel is background; is the volume empty?")
+    except (DataError, MissingObjectError, ChangedObjectError) as error:
+        return replace(case, status=BAD, reason=str(error))
+    counts: tuple[int, ...] = ()
+    if opened.labels is not None:
+        counts = tuple(np.bincount(opened.labels.ravel(order="K"), minlength=4)[1:].tolist())
+    brains = [volume[prepared.box][inside] for volume in opened.volumes]
+    reason = _lacks(case, brains)
+    sound = UNLABELLED if case.label_uri is None else OK
+    return replace(
+        case,
+        sizes=opened.sizes,
+        digests=opened.digests,
+        shape=prepared.shape,
+        spacing_mm=canonical_spacing(opened.grid),
+        label_counts=counts,
+        box=tuple(edge for span in prepared.box for edge in (span.start, span.stop)),
+        mean=tuple(float(brain.mean(dtype=np.float64)) for brain in brains),
+        deviation=tuple(float(brain.std(dtype=np.float64)) for brain in brains),
+        status=INCOMPLETE if reason else sound,
+        reason=reason,
+    )
+
+
+def _lacks(case: Case, brains: Sequence[np.ndarray]) -> str:
+    """Which modalities of a sound case carry nothing: without a file, or one value everywhere."""
+    flat = [m for m, brain in zip(MODALITIES, brains, strict=False) if brain.min() == brain.max()]
+    constant = [modality for modality in flat if modality not in case.missing]
+    found = [f"no {', '.join(case.missing)} file"] if case.missing else []
+    found += [f"{', '.join(constant)} constant inside the brain"] if constant else []
+    return "; ".join(found)
+
+
+def summary(cases: Sequence[Case]) -> dict[str, Any]:
+    """The counts that `raybrats index --json` prints."""
+    editions: dict[str, int] = {}
+    for case in cases:
+        editions[case.edition] = editions.get(case.edition, 0) + 1
+    bad = quarantined(cases)
+    return {
+        "layouts": sorted({case.layout for case in cases}),
+        "editions": editions,
+        "cases": len(cases),
+        "ok": len(cases) - len(bad),
+        "quarantined": [{"case_id": c.case_id, "reason": c.reason} for c in bad],
+    }

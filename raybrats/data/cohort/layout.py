@@ -1,0 +1,224 @@
+"""The trees in which BraTS cases come: file names -> the files of each case.
+
+Nothing is opened but dataset.json. Known: one folder a case (Kaggle's BraTS2020 with its case 355,
+BraTS 2021, BraTS 2023 and later), the Medical Segmentation Decathlon's Task01 (4-D files) and
+nnU-Net raw (dataset.json names channels and labels). A tree may hold several. Files are .nii, .hdr
+with its .img, or either zipped.
+
+Nothing outside the tree becomes part of a case: paths that a dataset.json declares are not read,
+and a link out of the tree is a problem of its case.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from raybrats import storage
+from raybrats.brats import EDITIONS, MODALITIES
+from raybrats.data.cohort import dataset_json
+from raybrats.data.cohort.dataset_json import MODALITY_NAMES
+from raybrats.data.cohort.source import image_uri
+from raybrats.errors import DataError
+
+_VOLUME = re.compile(r"\.(nii|hdr)(\.gz)?$", re.IGNORECASE)
+_PART = re.compile(rf"^(.+)([_-])({'|'.join(MODALITY_NAMES)}|seg)$", re.IGNORECASE)
+_CHANNEL = re.compile(r"_\d{4}$")
+_CASE_355_LABELS = re.compile(r"segm?$", re.IGNORECASE)
+"""BraTS20_Training_355's label file is named W39_1998.09.19_Segm.nii."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one case as their names tell it; not opened yet."""
+
+    case_id: str
+    edition: str
+    layout: str
+    image_uris: tuple[str, ...]
+    """One a modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
+    label_uri: str | None
+    label_values: tuple[int, int, int]
+    """Values of NCR, ED and ET in the label file."""
+    problem: str = ""
+    """What the names alone show to be wrong, but for missing modalities."""
+
+
+def find_files(uri: str) -> list[Files]:
+    """Every case below a URI, by case id.
+
+    Raises:
+        DataError: there is none, or a dataset.json cannot be understood.
+        StorageError: there is nothing at the URI, or it is out of reach.
+    """
+    uri = storage.absolute(uri)
+    storage.require(uri)
+    objects = [name for name in storage.list_objects(uri) if not _hidden(name, uri)]
+    claimed: set[str] = set()
+    found: list[Files] = []
+    for name in objects:
+        if storage.name(name) == "dataset.json":
+            if _links_out(name, uri):
+                raise DataError(f"{name}: a link out of the tree is not followed; copy the file")
+            root = name.rpartition("/")[0]
+            inside = [other for other in objects if other.startswith(root + "/")]
+            found += _dataset_cases(name, inside)
+            claimed |= set(inside)
+    volumes = [name for name in objects if _VOLUME.search(name) and name not in claimed]
+    found += _folder_cases(volumes)
+    if not found:
+        raise DataError(f"{uri}: no BraTS case found in {len(objects)} files; see README, layouts")
+    found = [_within(files, uri) for files in _without_twins(found)]
+    return sorted(found, key=lambda files: files.case_id)
+
+
+def stem(uri: str) -> str:
+    """File name without .nii, .hdr or either with .gz."""
+    return _VOLUME.sub("", storage.name(uri))
+
+
+def is_volume(uri: str) -> bool:
+    """Whether the name is that of a NIfTI file."""
+    return bool(_VOLUME.search(uri)) and not storage.name(uri).startswith(".")
+
+
+def is_modality(uri: str) -> bool:
+    """Whether the name ends in a modality."""
+    match = _PART.match(stem(uri))
+    return match is not None and match[3].lower() != "seg"
+
+
+def is_reference(uri: str) -> bool:
+    """Whether the name ends in `seg`, as the editions' own label files do."""
+    match = _PART.match(stem(uri))
+    return match is not None and match[3].lower() == "seg"
+
+
+def case_id_of(label_uri: str) -> str:
+    """Case id that a label or prediction file is named by."""
+    return re.sub(r"[_-](seg|pred|prediction)$", "", stem(label_uri), flags=re.IGNORECASE)
+
+
+def _hidden(name: str, root: str) -> bool:
+    below = name[len(root) :]
+    return any(part.startswith(".") for part in below.split("/"))
+
+
+def _links_out(name: str, root: str) -> bool:
+    """Whether the object is a link to what lies outside the tree; object storage has no links."""
+    path = Path(name)
+    linked = not storage.is_remote(name) and path.is_symlink()
+    return linked and not path.resolve().is_relative_to(root)
+
+
+def _within(files: Files, root: str) -> Files:
+    """The case, with a problem if one of its files lies outside the tree."""
+    named = [uri for uri in (*files.image_uris, files.label_uri) if uri]
+    images = [image for uri in named if (image := image_uri(uri))]
+    out = [storage.name(uri) for uri in named + images if _links_out(uri, root)]
+    if not out or files.problem:
+        return files
+    problem = f"{out[0]} links out of {root}; copy it there, or index the tree that holds it"
+    return replace(files, problem=problem)
+
+
+def _folder_cases(volumes: list[str]) -> Iterator[Files]:
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
+    strays: dict[str, list[str]] = {}
+    for uri in volumes:
+        folder, match = uri.rpartition("/")[0], _PART.match(stem(uri))
+        if match:
+            part = match[3].lower()
+            parts = groups.setdefault((folder, match[1]), {})
+            parts.setdefault(MODALITY_NAMES.get(part, part), []).append(uri)
+        elif _CASE_355_LABELS.search(stem(uri)):
+            strays.setdefault(folder, []).append(uri)
+    for (folder, case_id), parts in groups.items():
+        if set(parts) == {"seg"}:  # label files alone: predictions, references
+            continue
+        if "seg" not in parts and folder in strays:
+            alone = sum(other == folder for other, _ in groups) == 1
+            parts |= {"seg": strays[folder]} if alone else {}
+        yield _folder_case(case_id, parts)
+
+
+def _folder_case(case_id: str, parts: dict[str, list[str]]) -> Files:
+    first = next(iter(parts.values()))[0]
+    edition = EDITIONS[_edition_of(case_id, stem(first))]
+    images = _in_order(parts)
+    labels = parts.get("seg", [None])[0]
+    values = edition.label_values
+    return Files(case_id, edition.name, "brats", images, labels, values, _problem(parts))
+
+
+def _in_order(parts: Mapping[str, list[str]]) -> tuple[str, ...]:
+    return tuple(parts.get(modality, [""])[0] for modality in MODALITIES)
+
+
+def _problem(parts: Mapping[str, list[str]]) -> str:
+    """What is there twice among the files of a case, which go by modality or `seg`."""
+    for part, uris in parts.items():
+        if len(uris) > 1:
+            return f"two files for {part}: {', '.join(map(storage.name, uris))}; remove one"
+    return ""
+
+
+def _edition_of(case_id: str, file_stem: str) -> str:
+    if file_stem[len(case_id) :][:1] == "-":
+        return "2023"
+    return "2021" if case_id.lower().startswith("brats2021") else "2020"
+
+
+def _dataset_cases(uri: str, inside: list[str]) -> Iterator[Files]:
+    """Cases of a folder with dataset.json: nnU-Net raw if channels are numbered, else MSD."""
+    order, values = dataset_json.read(uri)
+    root = uri.rpartition("/")[0]
+    labels: dict[str, list[str]] = {}
+    for name in inside:
+        if name.startswith(f"{root}/labels") and _VOLUME.search(name):
+            labels.setdefault(stem(name), []).append(name)
+    images = [n for n in inside if n.startswith(f"{root}/images") and _VOLUME.search(n)]
+    numbered = [name for name in images if _CHANNEL.search(stem(name))]
+    if not numbered and order != tuple(range(len(MODALITIES))):
+        raise DataError(f"{uri}: channels {order} of {MODALITIES}; expected FLAIR, T1w, T1gd, T2w")
+    cases = _nnunet_cases(numbered, order) if numbered else _decathlon_cases(images)
+    kind = "nnunet" if numbered else "msd"
+    for case_id, uris, problem in cases:
+        masks = labels.get(case_id, [])
+        if len(masks) > 1:
+            problem = _problem({"seg": masks})
+        yield Files(case_id, kind, kind, uris, masks[0] if masks else None, values, problem)
+
+
+def _decathlon_cases(images: list[str]) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Case id, its one file, and no problem."""
+    for name in images:
+        yield stem(name), (name,), ""
+
+
+def _nnunet_cases(
+    images: list[str], order: tuple[int, ...]
+) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Case id, its files in the order of `MODALITIES`, and what is wrong with them."""
+    modality = dict(zip(order, MODALITIES, strict=True))
+    groups: dict[str, dict[str, list[str]]] = {}
+    for name in images:
+        case_id, _, channel = stem(name).rpartition("_")
+        if int(channel) in modality:
+            parts = groups.setdefault(case_id, {})
+            parts.setdefault(modality[int(channel)], []).append(name)
+    for case_id, parts in groups.items():
+        yield case_id, _in_order(parts), _problem(parts)
+
+
+def _without_twins(found: list[Files]) -> list[Files]:
+    """One entry a case id; an id found in two places becomes a problem."""
+    unique: dict[str, Files] = {}
+    for files in found:
+        first = unique.get(files.case_id)
+        if first is not None:
+            places = [max(f.image_uris).rpartition("/")[0] for f in (first, files)]
+            problem = f"case id found twice: {' and '.join(places)}; rename or remove one"
+            files = replace(files, problem=problem)
+        unique[files.case_id] = files
+    return list(unique.values())

@@ -1,0 +1,1 @@
+"""Bytes -> Volume: inflated, its header checked, its axes canonical; numpy and nibabel only."""

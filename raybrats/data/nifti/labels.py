@@ -1,0 +1,51 @@
+"""Label file -> labels: 0, NCR, ED and ET, whatever values its edition has for them."""
+
+import numpy as np
+
+from raybrats.data.nifti.volume import Volume
+from raybrats.errors import DataError
+
+
+def labels_from(volume: Volume, values: tuple[int, int, int], name: str) -> np.ndarray:
+    """Labels 0, NCR, ED, ET (uint8, canonical) from a label file with these values for them.
+
+    Raises:
+        DataError: a voxel is not a whole number or not one of the values.
+    """
+    from raybrats.data import scan
+
+    whole = _whole(volume, name)
+    ends = () if whole.dtype == np.uint8 else (whole.min(), whole.max())
+    strange = [end for end in ends if not 0 <= end <= 255]
+    labels = np.empty(0, np.uint8)
+    if not strange:
+        labels, unknown = scan.encoded(scan.stored(whole.astype(np.uint8, copy=False)), values)
+        strange = [unknown] if unknown >= 0 else []
+    if strange:
+        known = ", ".join(str(v) for v in (0, *values))
+        raise DataError(
+            f"{name}: unknown label {strange[0]:g}; this edition has {known}; map it to one of "
+            "them, or leave the case out"
+        )
+    return labels.T
+
+
+def _whole(volume: Volume, name: str) -> np.ndarray:
+    """The label file's voxels, all of them whole numbers.
+
+    Raises:
+        DataError: one is not.
+    """
+    from raybrats.data import scan
+
+    plain = (volume.slope, volume.intercept) == (1.0, 0.0)
+    if plain and volume.voxels.dtype.kind in "iu":
+        return volume.voxels
+    exact = volume.voxels if plain else volume.values
+    labels = scan.rounded(scan.stored(exact))
+    if labels is not None:
+        return labels.T
+    rounded = np.rint(exact)
+    if np.abs(exact - rounded).max(initial=0) > scan.WHOLE:
+        raise DataError(f"{name}: labels are not whole numbers; was it resampled?")
+    return rounded

@@ -1,0 +1,1 @@
+"""Synthetic cohorts: heads with gliomas in the tree of an edition."""

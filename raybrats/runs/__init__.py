@@ -1,0 +1,1 @@
+"""What Ray drives: attempts of runs, their workers, sweeps."""

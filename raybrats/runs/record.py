@@ -1,0 +1,152 @@
+"""What an attempt at a run leaves for the next one: run.json, beside the checkpoints."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from raybrats import storage
+from raybrats.config import TrainConfig, deciding, digest, to_json
+from raybrats.data.cohort.case import Case
+from raybrats.errors import (
+    CheckpointError,
+    MissingObjectError,
+    RegistrationError,
+    StorageError,
+    TrackingError,
+    UsageError,
+)
+from raybrats.registry import metric_log, tracking
+from raybrats.registry.tracking import Run
+from raybrats.train import checkpoint
+
+NAME = "run.json"
+
+
+def read(run_uri: str) -> dict[str, Any] | None:
+    """The record of a run: {mlflow_run_id, digest, cohort, config}; None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        known = json.loads(storage.read_bytes(storage.join(run_uri, NAME)))
+        return {name: known[name] for name in ("mlflow_run_id", "digest", "cohort", "config")}
+    except MissingObjectError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        place = storage.join(run_uri, NAME)
+        raise CheckpointError(f"{place} is damaged; choose another run.name") from None
+
+
+def earlier(config: TrainConfig, run_uri: str) -> dict[str, Any] | None:
+    """What an earlier attempt at this run left; None if there is none.
+
+    Raises:
+        UsageError: `run.resume` forbids or misses it, or it had another configuration.
+    """
+    known = read(run_uri)
+    if known is None:
+        if config.run.resume == "must":
+            raise UsageError(f"run.resume is must, but there is no run at {run_uri}")
+        return None
+    if config.run.resume == "never":
+        raise UsageError(f"run.resume is never, but {run_uri} exists; choose another run.name")
+    if config.run.resume == "must" and not checkpoint.written(run_uri):
+        raise UsageError(f"run.resume is must, but {run_uri} has no checkpoint")
+    if known["digest"] != digest(config):
+        fields = ", ".join(_differences(known["config"], json.loads(to_json(config))))
+        raise UsageError(
+            f"{run_uri} was started with another {fields}; choose another run.name, "
+            "or the same configuration to resume"
+        )
+    return known
+
+
+def check_cohort(known: Mapping[str, Any] | None, cases: Sequence[Case], run_uri: str) -> None:
+    """Refuses to go on with other cases, whose order and folds would be others too.
+
+    Raises:
+        UsageError: the cases, their bytes or their folds are not those of the earlier attempt.
+    """
+    if known is not None and known["cohort"] != _cohort_digest(cases):
+        raise UsageError(f"{run_uri} was started on another cohort; choose another run.name")
+
+
+def open_tracking(
+    config: TrainConfig,
+    run_uri: str,
+    known: Mapping[str, Any] | None,
+    cases: Sequence[Case],
+    parent: Run | None = None,
+) -> Run:
+    """The MLflow run of an earlier attempt, or a new one that later attempts will find.
+
+    Where the server is away and not required, the run has no id, and its metrics wait.
+
+    Raises:
+        TrackingError: the server is out of reach, and `tracking.required`.
+    """
+    run = Run(tracking.tracking_uri(config), known["mlflow_run_id"] if known else "")
+    try:
+        if run.run_id:
+            tracking.resume(run)
+            return run
+        run = tracking.start(config, parent=parent)
+    except TrackingError as error:
+        if config.tracking.required:
+            raise
+        print(f"{error}; metrics wait in {metrics_uri(run_uri)}", file=sys.stderr)  # noqa: T201
+    _write(config, run_uri, run, cases)
+    return run
+
+
+def settle_tracking(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) -> Run:
+    """Sends what has waited, once the training is over; the run, which has an id now.
+
+    Raises:
+        RegistrationError: the server is still away: trained, but neither told nor registered.
+    """
+    try:
+        if not run.run_id:
+            run = tracking.start(config)
+            _write(config, run_uri, run, cases)
+        metric_log.replay(run, metrics_uri(run_uri))
+    except (TrackingError, StorageError) as error:
+        raise RegistrationError(
+            f"{error}; the run is trained and kept in {run_uri}: the same command with "
+            f"--run.name {config.run.name} sends its metrics and registers it"
+        ) from error
+    return run
+
+
+def metrics_uri(run_uri: str) -> str:
+    """Where metrics wait for a server that is away."""
+    return storage.join(run_uri, "metrics.jsonl")
+
+
+def _write(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) -> None:
+    left = {
+        "mlflow_run_id": run.run_id,
+        "digest": digest(config),
+        "cohort": _cohort_digest(cases),
+        "config": asdict(config),
+    }
+    storage.write_bytes(storage.join(run_uri, NAME), json.dumps(left, indent=1).encode())
+
+
+def _cohort_digest(cases: Sequence[Case]) -> str:
+    rows = [[case.case_id, case.fold, *case.digests] for case in cases]
+    return storage.digest_of(json.dumps(rows).encode())
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Dotted fields that decide the weights and differ."""
+    old, new = deciding(before), deciding(now)
+    return [
+        f"{section}.{name}"
+        for section, values in new.items()
+        for name, value in values.items()
+        if old.get(section, {}).get(name) != value
+    ]
