@@ -21,6 +21,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/ty check
+	$(BIN)/deptry .
 
 # What takes too long for every change: the jobs on real cases, where RAYBRATS_REAL_CASES has some,
 # more kinds of faults, and chaos for five minutes.

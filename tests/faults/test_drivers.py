@@ -143,7 +143,7 @@ def test_started_a_third_time_it_ends(base, raybrats, killed, stopped):
 
 def test_a_second_driver_of_the_same_name_is_refused(base):
     """F21."""
-    script = "import sys, time; from raybrats.train import lease\n"
+    script = "import sys, time; from raybrats.runs import lease\n"
     script += "with lease.held(sys.argv[1], print):\n    print('held', flush=True)\n    input()"
     run_uri = storage.join(base.run.storage_uri, "held")
     holder = subprocess.Popen(
