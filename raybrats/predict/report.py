@@ -47,7 +47,7 @@ def write_report(
     tracking_uri = tracking_uri or tracking.default_uri()
     predictions, out_uri = storage.absolute(predictions), storage.absolute(out_uri)
     model = _model_of(predictions)
-    shown = Run(tracking_uri, run or load.run_of(model, tracking_uri))
+    shown = Run(tracking_uri, run or load.run_id_of(model, tracking_uri))
     there = {storage.name(uri) for uri in storage.list_objects(predictions)}
     cases = index.load(cohort_uri, verify=False)
     cases = [c for c in cases if c.status != BAD and file_name(c) in there]
@@ -76,7 +76,7 @@ def _model_of(predictions: str) -> str:
 
 def _facts(model: str, run: Run, num_cases: int) -> dict[str, str]:
     """The lines at the head of the page."""
-    logged = tracking.logged(run)
+    logged = tracking.logged_parameters(run)
     named = {
         "recipe": "recipe",
         "network": "network.name",

@@ -1,4 +1,4 @@
-"""models:/name@alias -> version -> loaded model; and the list of versions."""
+"""A model's name -> its version -> the model, loaded; and the list of a model's versions."""
 
 import re
 from dataclasses import dataclass
@@ -8,18 +8,19 @@ import mlflow
 from mlflow import MlflowClient
 
 from raybrats.errors import UsageError
-from raybrats.registry.tracking import default_server, spoken_to
+from raybrats.registry.tracking import default_server, tracking_errors
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model."""
+    """A model that segments cases."""
 
     name: str
     """`models:/name/version`, whichever way it was looked up."""
     modalities: tuple[str, ...]
+    """Modalities that it takes, in the order of its input's first axis."""
     predict: Any
-    """Raw case, float32 (modality, i, j, k) -> labels uint8 (i, j, k)."""
+    """Function from a raw case, float32 (modality, i, j, k), to its labels, uint8 (i, j, k)."""
     takes_incomplete: bool
     """Whether it was trained with modalities dropped, so that one may be missing."""
 
@@ -28,29 +29,39 @@ def load(model_uri: str, tracking_uri: str) -> Model:
     """The model behind `models:/name@alias` or `models:/name/version`.
 
     Raises:
-        UsageError: the URI is not of that form.
+        UsageError: the URI is not of that form, or raybrats did not register the model.
         TrackingError: the server is out of reach, or there is no such model.
+
+    Example:
+        >>> model = load("models:/raybrats@champion", "http://mlflow:5000")  # doctest: +SKIP
+        >>> labels = model.predict(np.stack([flair, t1, t1ce, t2]))  # doctest: +SKIP
     """
     name = resolve(model_uri, tracking_uri)
-    with spoken_to(tracking_uri), default_server(tracking_uri):
+    with tracking_errors(tracking_uri), default_server(tracking_uri):
         loaded = mlflow.pyfunc.load_model(name)
-    said = loaded.metadata.metadata
-    dropped = said.get("drop_modality", 0) > 0
-    return Model(name, tuple(said["modalities"]), loaded.predict, dropped)
+    described = loaded.metadata.metadata or {}
+    if "modalities" not in described:
+        raise UsageError(f"{name}: not a model that raybrats registered")
+    dropped = described.get("drop_modality", 0) > 0
+    return Model(name, tuple(described["modalities"]), loaded.predict, dropped)
 
 
 def resolve(model_uri: str, tracking_uri: str) -> str:
-    """The URI with an alias replaced by the version that it stands for now.
+    """The URI of a model with its alias replaced by the version that it stands for now.
 
     Raises:
         UsageError: the URI is not of that form.
         TrackingError: the server is out of reach, or there is no such model.
+
+    Example:
+        >>> resolve("models:/raybrats@champion", "http://mlflow:5000")  # doctest: +SKIP
+        'models:/raybrats/3'
     """
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model_uri)
     if match is None:
         raise UsageError(f"{model_uri!r}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()
-    with spoken_to(tracking_uri):
+    with tracking_errors(tracking_uri):
         client = MlflowClient(tracking_uri, tracking_uri)
         if alias:
             number = client.get_model_version_by_alias(name, alias).version
@@ -59,21 +70,34 @@ def resolve(model_uri: str, tracking_uri: str) -> str:
     return f"models:/{name}/{number}"
 
 
-def run_of(model_uri: str, tracking_uri: str) -> str:
-    """The MLflow run that a `models:/name/version` came from.
+def run_id_of(model_uri: str, tracking_uri: str) -> str:
+    """Id of the MLflow run that a `models:/name/version` came from; empty if it has none.
 
     Raises:
-        TrackingError: there is no such version.
+        TrackingError: the server is out of reach, or there is no such version.
+
+    Example:
+        >>> run_id_of("models:/raybrats/3", "http://mlflow:5000")  # doctest: +SKIP
+        '9c1c71ab3fe94d5c8c2a54f6d4e1f0b7'
     """
     name, _, version = model_uri.removeprefix("models:/").partition("/")
-    with spoken_to(tracking_uri):
+    with tracking_errors(tracking_uri):
         found = MlflowClient(tracking_uri, tracking_uri).get_model_version(name, version)
     return str(found.run_id or "")
 
 
 def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
-    """Every version of a registered model, newest first: number, aliases, Dice, recipe, run."""
-    with spoken_to(tracking_uri):
+    """Every version of a registered model, newest first: number, aliases, Dice, recipe, run.
+
+    Raises:
+        TrackingError: the server is out of reach, or there is no model of that name.
+
+    Example:
+        >>> newest = versions("http://mlflow:5000", "raybrats")[0]  # doctest: +SKIP
+        >>> newest["version"], newest["aliases"], newest["dice_mean"]  # doctest: +SKIP
+        ('3', 'champion', '0.873214')
+    """
+    with tracking_errors(tracking_uri):
         client = MlflowClient(tracking_uri, tracking_uri)
         aliases: dict[str, list[str]] = {}
         for alias, number in client.get_registered_model(name).aliases.items():

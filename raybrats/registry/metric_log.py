@@ -10,7 +10,7 @@ from mlflow.entities import Metric
 from raybrats.errors import StorageError
 from raybrats.registry import spool
 from raybrats.registry.spool import Row
-from raybrats.registry.tracking import Run, in_a_line, reach, spoken_to
+from raybrats.registry.tracking import Run, check_reachable, one_line, tracking_errors
 
 _BATCH = 1000
 """Rows a request: MLflow takes no more."""
@@ -97,7 +97,7 @@ class MetricLog:
                 receiver.take(rows)
                 self._note(sent=len(rows))
             except Exception as error:  # training goes on without its metrics, and says so
-                self._note(in_a_line(error))
+                self._note(one_line(error))
                 if isinstance(error, MlflowException) and error.error_code in _FINAL:
                     return None
                 self._over.wait(_BACK_OFF_S)
@@ -152,8 +152,8 @@ def replay(run: Run, spool_uri: str) -> int:
     rows = spool.read(spool_uri)
     if rows is None:
         return 0
-    reach(run.uri)
-    with spoken_to(run.uri):
+    check_reachable(run.uri)
+    with tracking_errors(run.uri):
         receiver = _Receiver(run)
         sent = sum(receiver.take(rows[at : at + _BATCH]) for at in range(0, len(rows), _BATCH))
     spool.remove(spool_uri)

@@ -18,7 +18,7 @@ from mlflow.types import Schema, TensorSpec
 import raybrats
 from raybrats.config import TrainConfig, to_json
 from raybrats.errors import RegistrationError, TrackingError
-from raybrats.registry.tracking import Run, default_server, spoken_to
+from raybrats.registry.tracking import Run, default_server, tracking_errors
 from raybrats.train import checkpoint
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -53,7 +53,7 @@ def register(
     """
     name = config.tracking.model
     try:
-        with spoken_to(run.uri):
+        with tracking_errors(run.uri):
             client = MlflowClient(run.uri, registry_uri=run.uri)
             weights = hashlib.sha256(files[checkpoint.WEIGHTS]).hexdigest()
             if (earlier := _registered(client, name, run, weights)) is not None:

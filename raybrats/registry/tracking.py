@@ -90,8 +90,8 @@ def start(
         TrackingError: the server is out of reach.
     """
     uri = tracking_uri(config)
-    reach(uri)
-    with spoken_to(uri):
+    check_reachable(uri)
+    with tracking_errors(uri):
         client = MlflowClient(uri)
         labels = {"raybrats.recipe": config.recipe, **(tags or {})}
         if parent is not None:
@@ -105,7 +105,7 @@ def start(
 
 def finish(run: Run, status: str = "FINISHED") -> None:
     """Closes the run: FINISHED, FAILED or KILLED."""
-    with spoken_to(run.uri):
+    with tracking_errors(run.uri):
         MlflowClient(run.uri).set_terminated(run.run_id, status)
 
 
@@ -115,14 +115,14 @@ def resume(run: Run) -> None:
     Raises:
         TrackingError: the server is out of reach or does not know the run.
     """
-    reach(run.uri)
-    with spoken_to(run.uri):
+    check_reachable(run.uri)
+    with tracking_errors(run.uri):
         MlflowClient(run.uri).update_run(run.run_id, "RUNNING")
 
 
 def curves(run: Run) -> dict[str, Curve]:
     """Every metric of a run over its steps; of values logged twice the last one counts."""
-    with spoken_to(run.uri):
+    with tracking_errors(run.uri):
         client = MlflowClient(run.uri)
         names = client.get_run(run.run_id).data.metrics
         histories = {name: client.get_metric_history(run.run_id, name) for name in names}
@@ -133,9 +133,9 @@ def curves(run: Run) -> dict[str, Curve]:
     return found
 
 
-def logged(run: Run) -> dict[str, str]:
+def logged_parameters(run: Run) -> dict[str, str]:
     """The parameters of a run, as they were logged."""
-    with spoken_to(run.uri):
+    with tracking_errors(run.uri):
         return dict(MlflowClient(run.uri).get_run(run.run_id).data.params)
 
 
@@ -153,7 +153,7 @@ def redacted(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s\"]+@", "***@", text)
 
 
-def reach(uri: str) -> None:
+def check_reachable(uri: str) -> None:
     """Waits for the server's first word, but not for long.
 
     MLflow's client bounds each read of a socket, not what a call takes in all (name service,
@@ -172,7 +172,7 @@ def reach(uri: str) -> None:
     except TimeoutError:
         words = f"no answer within {_FIRST_WORD_S:g} s"
     except _TRANSPORT as error:
-        words = in_a_line(error)
+        words = one_line(error)
     raise TrackingError(f"MLflow at {redacted(uri)}: start it or correct tracking.uri ({words})")
 
 
@@ -185,15 +185,15 @@ def _ask(uri: str, answer: Future[object]) -> None:
 
 
 @contextmanager
-def spoken_to(uri: str) -> Iterator[None]:
+def tracking_errors(uri: str) -> Iterator[None]:
     """Turns what MLflow and its transport raise into one line about the server."""
     try:
         yield
     except _TRANSPORT as error:
-        raise TrackingError(f"MLflow at {redacted(uri)}: {in_a_line(error)}") from error
+        raise TrackingError(f"MLflow at {redacted(uri)}: {one_line(error)}") from error
 
 
-def in_a_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What an error says, without credentials."""
     return redacted((str(error) or type(error).__name__).splitlines()[0])[:300]
 
