@@ -25,8 +25,8 @@ DEADLINE_S = 120.0
 """Until an operation gives up, retries included; longer by what its bytes take on a slow line."""
 _SLOW_LINE = 250e3
 """Bytes a second."""
-SETTLE_S = 1.0
-"""Until two who wrote one object at the same time both read who came last; a write takes less."""
+WRITE_RACE_S = 1.0
+"""Seconds after which two who wrote one object at once both read the last write; a write is faster."""
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 """What file systems without hard links answer: exFAT, and many that a program serves (FUSE)."""
 _PART = 50 * 2**20
@@ -134,7 +134,7 @@ def create(uri: str, data: bytes) -> bool:
         return _put_new(fs, path, data, **limit)
 
     if _attempt(uri, put, len(data)) and _attempt(uri, put, len(data)):
-        time.sleep(SETTLE_S)  # taken twice: this server ignores the condition, and the last has it
+        time.sleep(WRITE_RACE_S)  # taken twice: this server ignores the condition, and the last has it
     return _holds(uri, data)
 
 

@@ -145,8 +145,8 @@ def _take_over(uri: str, seen: bytes, mine: Lease) -> bool:
     if _read(uri) != seen:
         return False
     storage.write_bytes(uri, mine.data)
-    if time.monotonic() - looked < storage.SETTLE_S:
-        time.sleep(storage.SETTLE_S)
+    if time.monotonic() - looked < storage.WRITE_RACE_S:
+        time.sleep(storage.WRITE_RACE_S)
         return _is(_read(uri), mine)
     # Too slow: this may have overwritten one who had read and begun. It puts its lease back when it
     # renews, and whoever does not within EXPIRY_S is dead.

@@ -48,7 +48,7 @@ def on_disk(tmp_path):
 def _short_times(monkeypatch):
     monkeypatch.setattr(lease, "RENEW_S", 0.1)
     monkeypatch.setattr(lease, "EXPIRY_S", 0.4)
-    monkeypatch.setattr(storage, "SETTLE_S", 0.4)
+    monkeypatch.setattr(storage, "WRITE_RACE_S", 0.4)
 
 
 def place_of(run_uri):
@@ -241,7 +241,7 @@ def test_of_many_who_start_at_once_one_has_it(run_uri):
 
 def test_of_many_who_take_over_at_once_one_has_it(run_uri, monkeypatch):
     # of S3 on a busy machine a write may take long; one that is too late is another test
-    monkeypatch.setattr(storage, "SETTLE_S", 4.0 if storage.is_remote(run_uri) else 0.5)
+    monkeypatch.setattr(storage, "WRITE_RACE_S", 4.0 if storage.is_remote(run_uri) else 0.5)
     together, write, written = threading.Barrier(5), storage.write_bytes, []
 
     def write_with_others(uri, data):
@@ -262,7 +262,7 @@ def test_of_many_who_take_over_at_once_one_has_it(run_uri, monkeypatch):
 
 def test_one_who_writes_too_late_does_not_have_it_too(on_disk, monkeypatch, capfd):
     """It looks, is stopped, and writes over one who has taken the run over and begun."""
-    monkeypatch.setattr(lease, "RENEW_S", 0.6)  # longer than SETTLE_S, as in earnest
+    monkeypatch.setattr(lease, "RENEW_S", 0.6)  # longer than WRITE_RACE_S, as in earnest
     monkeypatch.setattr(lease, "EXPIRY_S", 2.0)
     leave(on_disk)
     write, looked, begun, lost = storage.write_bytes, threading.Event(), threading.Event(), []
