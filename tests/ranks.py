@@ -131,7 +131,7 @@ def _hooks(
 ) -> Hooks:
     cases, folder, saver = around
 
-    def tell(figures: Mapping[str, float]) -> None:
+    def log(figures: Mapping[str, float]) -> None:
         if "train/loss" in figures:
             with (folder / f"losses-{rank}").open("a") as lines:
                 lines.write(f"{learner.step - 1} {figures['train/loss']!r}\n")
@@ -140,11 +140,14 @@ def _hooks(
         if rank == 0:
             saver.save(learner, metrics, finished)
 
-    def heed() -> None:
+    def check_in() -> None:
         if kill_at and learner.step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return Hooks(lambda: loop.gathered(loop.validate(learner, cases[:1][rank:])), tell, save, heed)
+    def validate() -> list[list[float]]:
+        return loop.gathered(loop.validate(learner, cases[:1][rank:]))
+
+    return Hooks(validate, log, save, check_in)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

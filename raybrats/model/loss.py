@@ -39,29 +39,34 @@ class RegionLoss(nn.Module):
         self._focal = FocalLoss(gamma=config.focal_gamma, reduction="none")
 
     def forward(
-        self, logits: Sequence[Tensor], labels: Tensor, *, share: float = 1.0, part: float = 1.0
+        self,
+        logits: Sequence[Tensor],
+        labels: Tensor,
+        *,
+        weight: float = 1.0,
+        fraction: float = 1.0,
     ) -> Tensor:
         """Mean over heads of the weighted terms; a scalar.
 
         Args:
             logits: of each head, finest first, (batch, region, i, j, k).
             labels: (batch, i, j, k).
-            share: what the terms count that are means over this batch: its patches times the ranks
-                over the global batch, so that DDP's mean over ranks is the mean over patches. With
-                0 the batch counts nowhere.
-            part: what a Dice over the batch counts: one over the micro-batches of the step.
+            weight: what the terms count that are means over this batch: its patches times the
+                ranks over the global batch, so that DDP's mean over ranks is the mean over patches.
+                With 0 the batch counts nowhere.
+            fraction: what a Dice over the batch counts: one over the micro-batches of the step.
         """
         target, config = region_masks(labels), self._config
         heads = [head.float() for head in logits]
         weights = torch.arange(len(heads), device=target.device).neg().float().exp2()
         total = target.new_zeros(len(heads))
         if config.ce_weight > 0 or config.focal_weight > 0:
-            total = total + share * torch.stack([self._voxelwise(head, target) for head in heads])
+            total = total + weight * torch.stack([self._voxelwise(head, target) for head in heads])
         if config.dice_weight > 0:
             sums = torch.stack([_overlaps(head, target) for head in heads])
             if config.batch_dice:
-                sums, share = _over_ranks((share > 0) * sums.sum(dim=2)), part
-            total = total + config.dice_weight * share * (1 - _dice(sums)).flatten(1).mean(dim=1)
+                sums, weight = _over_ranks((weight > 0) * sums.sum(dim=2)), fraction
+            total = total + config.dice_weight * weight * (1 - _dice(sums)).flatten(1).mean(dim=1)
         return (total * weights).sum() / weights.sum()  # no matrix product: autocast would round it
 
     def _voxelwise(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -93,9 +93,13 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         CheckpointError: names or shapes differ.
     """
     own = weights_of(network)
-    apart = sorted(set(own) ^ set(weights)) or [n for n in own if own[n].shape != weights[n].shape]
-    if apart:
-        raise CheckpointError(f"weights of another network: {len(apart)} differ, e.g. {apart[0]}")
+    mismatches = sorted(set(own) ^ set(weights)) or [
+        n for n in own if own[n].shape != weights[n].shape
+    ]
+    if mismatches:
+        raise CheckpointError(
+            f"weights of another network: {len(mismatches)} differ, e.g. {mismatches[0]}"
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])

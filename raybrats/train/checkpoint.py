@@ -114,21 +114,21 @@ def write(run_uri: str, config: TrainConfig, snapshot: Snapshot) -> str:
         "config_digest": digest(config),
         "world": snapshot.world,
         "mlflow_run_id": snapshot.mlflow_run_id,
-        **_judgement(snapshot),
+        **_validation_facts(snapshot),
         "files": {n: {"size": len(d), "digest": storage.digest_of(d)} for n, d in files.items()},
     }
     _write_manifest(uri, manifest)
     return uri
 
 
-def judge(run_uri: str, snapshot: Snapshot) -> str:
+def add_validation(run_uri: str, snapshot: Snapshot) -> str:
     """Adds a validation to the checkpoint of its step: the manifest is replaced, and nothing else.
 
     Raises:
         CheckpointError: there is none of that step.
     """
     uri = place(run_uri, snapshot.step)
-    _write_manifest(uri, _facts(uri) | _judgement(snapshot))
+    _write_manifest(uri, _facts(uri) | _validation_facts(snapshot))
     return uri
 
 
@@ -156,7 +156,7 @@ def newest(run_uri: str) -> Checkpoint | None:
                 return replace(read(uri), rejected=tuple(rejected))
             except CheckpointError:
                 if not tries_left:  # twice: it was not the way that spoiled it
-                    rejected.append(put_aside(uri))
+                    rejected.append(quarantine(uri))
     if candidates or any("/quarantine/" in uri for uri in _objects(run_uri)):
         place = storage.join(run_uri, "checkpoints", "quarantine")
         raise CheckpointError(f"no checkpoint of {run_uri} verifies; they are kept in {place}")
@@ -182,7 +182,7 @@ def read(uri: str) -> Checkpoint:
         CheckpointError: the manifest or a file is missing or damaged.
     """
     manifest = _facts(uri)
-    with _told():
+    with _as_checkpoint_error():
         files = {
             name: storage.read_bytes(
                 storage.join(uri, name), size=facts["size"], digest=facts["digest"]
@@ -200,13 +200,13 @@ def verify(uri: str) -> None:
         CheckpointError: one is missing or damaged.
     """
     for name, facts in _facts(uri)["files"].items():
-        with _told():
+        with _as_checkpoint_error():
             storage.verify(storage.join(uri, name), size=facts["size"], digest=facts["digest"])
 
 
-def put_aside(uri: str) -> str:
+def quarantine(uri: str) -> str:
     """Moves a bad checkpoint out of the way, where it is kept; returns its new place."""
-    target = _quarantine(uri)
+    target = _free_place(uri)
     storage.rename(uri, target)
     return target
 
@@ -235,8 +235,8 @@ def _objects(run_uri: str) -> list[str]:
 
 def _ranked(found: Sequence[Written]) -> list[Written]:
     """Those with a validation, from the lowest mean region Dice; of equals the later is higher."""
-    judged = [w for w in found if "mean" in w.metrics]
-    return sorted(judged, key=lambda w: (w.metrics["mean"], w.step))
+    validated = [w for w in found if "mean" in w.metrics]
+    return sorted(validated, key=lambda w: (w.metrics["mean"], w.step))
 
 
 def _finished(run_uri: str) -> list[str]:
@@ -245,7 +245,7 @@ def _finished(run_uri: str) -> list[str]:
     return [storage.join(run_uri, "checkpoints", name) for name in names]
 
 
-def _judgement(snapshot: Snapshot) -> dict[str, Any]:
+def _validation_facts(snapshot: Snapshot) -> dict[str, Any]:
     """What a validation adds to a checkpoint."""
     return {
         "finished": snapshot.finished,
@@ -267,7 +267,7 @@ def _facts(uri: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _as_checkpoint_error() -> Iterator[None]:
     try:
         yield
     except (ChangedObjectError, MissingObjectError) as error:
@@ -287,7 +287,7 @@ def _seal(manifest: Mapping[str, Any]) -> str:
     return storage.digest_of(json.dumps(manifest, sort_keys=True).encode())
 
 
-def _quarantine(uri: str) -> str:
+def _free_place(uri: str) -> str:
     """A free place for a bad checkpoint; an earlier one of the same step stays where it is."""
     folder, _, name = uri.rpartition("/")
     target = storage.join(folder, "quarantine", name)

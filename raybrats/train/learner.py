@@ -17,7 +17,14 @@ from raybrats.model.loss import RegionLoss
 from raybrats.model.network import build, heads, load_weights, weights_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_PROGRESS = ("step", "best", "stale", "skipped", "judged_at")
+_PROGRESS = {
+    "step": "step",
+    "best": "best",
+    "validations_since_best": "stale",
+    "skipped": "skipped",
+    "validated_at": "judged_at",
+}
+"""Fields of a learner by their names in stored checkpoints, which stay as they were first."""
 
 
 @dataclass
@@ -39,9 +46,9 @@ class Learner:
     step: int = 0
     best: float = -1.0
     """Highest mean region Dice of a validation so far; below all before the first."""
-    stale: int = 0
-    """Validations since."""
-    judged_at: int = 0
+    validations_since_best: int = 0
+    """Validations since the best one."""
+    validated_at: int = 0
     """Step of the last validation."""
     skipped: int = 0
     """Steps that had no finite gradient, of the whole run."""
@@ -49,11 +56,11 @@ class Learner:
     """Those of them that lie directly before `step`."""
 
     @property
-    def judged(self) -> nn.Module:
+    def validated(self) -> nn.Module:
         """The network that is validated and registered."""
         return self.average.module if self.average is not None else self.bare
 
-    def laid_out(self, image: Tensor) -> Tensor:
+    def in_memory_format(self, image: Tensor) -> Tensor:
         """The image (batch, modality, i, j, k) as it lies best in memory for the network."""
         if self.config.spatial_dims == 2:  # it takes (batch, modality, i, j) out of this by itself
             return image
@@ -66,8 +73,8 @@ class Learner:
         return torch.autocast(self.device.type, kind, precision in PRECISIONS)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights that are judged."""
-        return weights_of(self.judged)
+        """The weights that are validated and registered."""
+        return weights_of(self.validated)
 
     def state(self) -> dict[str, Any]:
         """Everything else that resuming needs; tensors and plain values."""
@@ -85,7 +92,7 @@ class Learner:
 
     def progress(self) -> dict[str, float]:
         """How far it is: what a validation changes of it."""
-        return {name: getattr(self, name) for name in _PROGRESS}
+        return {stored: getattr(self, name) for name, stored in _PROGRESS.items()}
 
     def restore(
         self, weights: Mapping[str, Tensor], state: Mapping[str, Any], progress: Mapping[str, Any]
@@ -106,8 +113,8 @@ class Learner:
         torch.set_rng_state(state["torch_rng"])
         if self.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        for name in _PROGRESS:
-            setattr(self, name, progress[name])
+        for name, stored in _PROGRESS.items():
+            setattr(self, name, progress[stored])
 
 
 def new_learner(config: TrainConfig, device: torch.device) -> Learner:
@@ -175,7 +182,7 @@ def _compiled(learner: Learner) -> nn.Module:
     patch = torch.zeros(size, len(config.data.modalities), *config.data.patch_size)
     try:
         with learner.autocast():
-            output = heads(compiled(learner.laid_out(patch.to(learner.device))))
+            output = heads(compiled(learner.in_memory_format(patch.to(learner.device))))
         torch.stack([head.float().mean() for head in output]).sum().backward()
     except Exception as error:  # whatever a compiler fails with, the network itself still works
         words = str(error).strip().splitlines() or [""]
@@ -193,27 +200,27 @@ def _require_state(learner: Learner, state: Mapping[str, Any]) -> None:
     wanted = {"optimizer", "scaler", "torch_rng"}
     if learner.average is not None:
         wanted |= {"raw_weights", "averaged"}
-    apart = [f"{name} is missing" for name in sorted(wanted - set(state))]
-    apart += [f"{n} is unknown" for n in sorted(set(state) - wanted - {"cuda_rng"})]
-    if not apart:
-        apart = _apart(learner.optimizer, state["optimizer"])
-    if apart:
-        more = f" and {len(apart) - 5} more" if len(apart) > 5 else ""
-        raise CheckpointError(f"the state does not fit this run: {'; '.join(apart[:5])}{more}")
+    mismatches = [f"{name} is missing" for name in sorted(wanted - set(state))]
+    mismatches += [f"{n} is unknown" for n in sorted(set(state) - wanted - {"cuda_rng"})]
+    if not mismatches:
+        mismatches = _optimizer_mismatches(learner.optimizer, state["optimizer"])
+    if mismatches:
+        more = f" and {len(mismatches) - 5} more" if len(mismatches) > 5 else ""
+        raise CheckpointError(f"the state does not fit this run: {'; '.join(mismatches[:5])}{more}")
 
 
-def _apart(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> list[str]:
+def _optimizer_mismatches(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> list[str]:
     """What an optimiser's state has that this one's parameters do not fit."""
     parameters: Sequence[Tensor] = [p for g in optimizer.param_groups for p in g["params"]]
     own, saved = optimizer.state_dict()["param_groups"][0], state["param_groups"][0]
-    apart = [f"optimizer.{name}" for name in sorted(set(own) ^ set(saved))]
+    mismatches = [f"optimizer.{name}" for name in sorted(set(own) ^ set(saved))]
     if len(saved["params"]) != len(parameters):
-        return [*apart, f"optimizer has {len(saved['params'])} tensors, not {len(parameters)}"]
+        return [*mismatches, f"optimizer has {len(saved['params'])} tensors, not {len(parameters)}"]
     for number, kept in state["state"].items():
         due = tuple(parameters[number].shape)
         for name, tensor in kept.items():
             if isinstance(tensor, Tensor) and tensor.ndim and tuple(tensor.shape) != due:
-                apart.append(
+                mismatches.append(
                     f"optimizer {name} of tensor {number}: {tuple(tensor.shape)}, not {due}"
                 )
-    return apart
+    return mismatches

@@ -26,11 +26,11 @@ class Hooks:
 
     validate: Callable[[], list[list[float]]]
     """Dice of each region of each held-out case, of all ranks."""
-    tell: Callable[[Mapping[str, float]], None]
+    log: Callable[[Mapping[str, float]], None]
     """Takes figures of the last steps, or of a validation."""
     save: Callable[[Mapping[str, float], bool], None]
     """Saves the learner with the metrics of a validation, and whether the run ends with it."""
-    heed: Callable[[], None]
+    check_in: Callable[[], None]
     """Called after every step: saves at once if it was told to."""
 
 
@@ -79,8 +79,8 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
     feed = inputs(learner, batches)
     while True:
         if _is_due(learner):
-            metrics = _judge(learner, hooks.validate())
-            hooks.tell({f"val/dice_{name}": value for name, value in metrics.items()})
+            metrics = _count_validation(learner, hooks.validate())
+            hooks.log({f"val/dice_{name}": value for name, value in metrics.items()})
             metrics |= pace.figures()
             ended = _has_ended(learner)
             hooks.save(metrics, ended)
@@ -88,16 +88,16 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
                 return metrics
         coming = _timed_step(learner, coming or next(feed), feed, (pace, recent))
         if learner.step % LOG_EVERY_STEPS == 0 or learner.step == config.optim.steps:
-            hooks.tell(_figures(learner, recent))
+            hooks.log(_figures(learner, recent))
             recent = Pace(config.optim.global_batch)
         if learner.step % config.run.save_every_steps == 0 and not _is_due(learner):
             hooks.save({}, False)
-        hooks.heed()
+        hooks.check_in()
 
 
 def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
     """Dice of each region of each case, segmented whole."""
-    network, scores = learner.judged, []
+    network, scores = learner.validated, []
     network.eval()
     for prepared in cases:
         assert prepared.labels is not None, "validation cases have labels"
@@ -132,12 +132,14 @@ def _is_due(learner: Learner) -> bool:
     """Whether the step that was done last wants a validation that it has not had."""
     step, config = learner.step, learner.config
     due = step % config.validation.every_steps == 0 or step >= config.optim.steps
-    return step > 0 and due and learner.judged_at != step
+    return step > 0 and due and learner.validated_at != step
 
 
 def _has_ended(learner: Learner) -> bool:
     patience = learner.config.validation.patience
-    return learner.step >= learner.config.optim.steps or 0 < patience <= learner.stale
+    return (
+        learner.step >= learner.config.optim.steps or 0 < patience <= learner.validations_since_best
+    )
 
 
 def _timed_step(
@@ -182,10 +184,10 @@ def _figures(learner: Learner, pace: Pace) -> dict[str, float]:
     return figures
 
 
-def _judge(learner: Learner, scores: Sequence[Sequence[float]]) -> dict[str, float]:
+def _count_validation(learner: Learner, scores: Sequence[Sequence[float]]) -> dict[str, float]:
     """Means of a validation; the learner remembers how long none was better."""
     means = mean_scores(scores, REGIONS)
     better = means["mean"] > learner.best
-    learner.stale = 0 if better else learner.stale + 1
-    learner.best, learner.judged_at = max(learner.best, means["mean"]), learner.step
+    learner.validations_since_best = 0 if better else learner.validations_since_best + 1
+    learner.best, learner.validated_at = max(learner.best, means["mean"]), learner.step
     return means

@@ -99,10 +99,10 @@ class Saver:
     def _written(self, config: TrainConfig, snapshot: Snapshot) -> bool:
         """Whether it verified; else older ones are as they were, and the next save tries anew."""
         uri = checkpoint.place(self._run_uri, snapshot.step)
-        judged = snapshot.step == self.saved  # the weights are there, and good
+        only_validated = snapshot.step == self.saved  # the weights are there, and good
         try:
-            if judged:
-                checkpoint.judge(self._run_uri, snapshot)
+            if only_validated:
+                checkpoint.add_validation(self._run_uri, snapshot)
             else:
                 checkpoint.write(self._run_uri, config, snapshot)
             checkpoint.verify(uri)
@@ -110,7 +110,7 @@ class Saver:
             _LOG.warning("checkpoint of step %d: %s", snapshot.step, error)
             self._failed, self._step = self._failed + 1, -1
             with suppress(StorageError):  # of what is left of it; it has no manifest that holds
-                self._clear(uri, error, judged)
+                self._clear(uri, error, only_validated)
             if self._failed >= TRIES:
                 raise
             return False
@@ -122,11 +122,11 @@ class Saver:
             _LOG.warning("older checkpoints stay: %s", error)
         return True
 
-    def _clear(self, uri: str, error: Exception, judged: bool) -> None:
+    def _clear(self, uri: str, error: Exception, only_validated: bool) -> None:
         if isinstance(error, CheckpointError):
             self.rejected, self.saved = self.rejected + 1, -1
-            checkpoint.put_aside(uri)
-        elif not judged and not storage.is_remote(uri):  # room on a disk that may be full
+            checkpoint.quarantine(uri)
+        elif not only_validated and not storage.is_remote(uri):  # room on a disk that may be full
             storage.delete(uri)
 
 

@@ -49,7 +49,7 @@ def augmented(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
     batch = batch.to(learner.device)
     image, brain = normalise(batch)
     image, labels = augment(config.augment, config.run.seed, draws, (image, batch.labels, brain))
-    return learner.laid_out(image), labels
+    return learner.in_memory_format(image), labels
 
 
 def train_step(learner: Learner, batch: Batch) -> Tensor:
@@ -74,13 +74,13 @@ def backward(learner: Learner, coming: Inputs) -> Tensor:
     total = torch.zeros((), device=learner.device)
     images, labels = (tensor.tensor_split(pieces) for tensor in coming[:2])
     for number, (image, label) in enumerate(zip(images, labels, strict=True), 1):
-        share = len(image) * world / batch
-        if not share:  # the others have one more: DDP's exchanges must stay in step
+        weight = len(image) * world / batch
+        if not weight:  # the others have one more: DDP's exchanges must stay in step
             image, label = images[0], labels[0]
         with _exchange(learner.network, number == pieces):
             with learner.autocast():
                 logits = heads(learner.network(image))
-                loss = learner.loss(logits, label, share=share, part=1 / pieces)
+                loss = learner.loss(logits, label, weight=weight, fraction=1 / pieces)
             learner.scaler.scale(loss).backward()
         total += loss.detach()
     return total

@@ -147,7 +147,7 @@ def timed(
             peer()
         return now() - start
 
-    def heed() -> None:
+    def check_in() -> None:
         nonlocal began
         done = next(numbers) - timing.warm
         if done < 0 or done % timing.steps:
@@ -160,7 +160,7 @@ def timed(
             raise _EnoughError
         began = now()
 
-    hooks = loop.Hooks(lambda: [[0.0] * 3], lambda _: None, lambda *_: None, heed)
+    hooks = loop.Hooks(lambda: [[0.0] * 3], lambda _: None, lambda *_: None, check_in)
     with suppress(_EnoughError):
         loop.run(learner, itertools.repeat(batch), hooks)
     return pairs

@@ -167,13 +167,13 @@ def test_a_validation_is_added_without_touching_the_weights(tmp_path, learner):
     files = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.CONFIG)
     before = [os.stat(f"{uri}/{name}").st_ino for name in files]
     again = Saver(str(tmp_path), resumed=checkpoint.newest(str(tmp_path)))
-    learner.judged_at = learner.step
+    learner.validated_at = learner.step
     again.save(learner, {"mean": 0.25}, finished=True)
     assert [os.stat(f"{uri}/{name}").st_ino for name in files] == before
     found = checkpoint.newest(str(tmp_path))
     assert (found.metrics, found.finished) == ({"mean": 0.25}, True)
     assert found.progress["judged_at"] == learner.step
-    learner.judged_at = 0
+    learner.validated_at = 0
 
 
 def test_what_cannot_be_pruned_stops_nothing(tmp_path, learner, monkeypatch):

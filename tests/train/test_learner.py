@@ -92,11 +92,11 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch):
 def test_early_stopping_counts_validations_without_a_better_one():
     learner = new_learner(CONFIG, CPU)
     for mean, stale in ((0.3, 0), (0.2, 1), (0.3, 2), (0.31, 0), (0.1, 1)):
-        loop._judge(learner, [[mean, mean, mean]])
-        assert learner.stale == stale
+        loop._count_validation(learner, [[mean, mean, mean]])
+        assert learner.validations_since_best == stale
     again = new_learner(CONFIG, CPU)
     again.restore(learner.weights(), learner.state(), learner.progress())
-    assert (again.best, again.stale) == (pytest.approx(0.31), 1)
+    assert (again.best, again.validations_since_best) == (pytest.approx(0.31), 1)
 
 
 def test_a_run_without_progress_ends_early_and_its_best_is_kept():
@@ -105,9 +105,9 @@ def test_a_run_without_progress_ends_early_and_its_best_is_kept():
     found, saved = iter([0.2, 0.5, 0.4, 0.3, 0.9]), []
     hooks = loop.Hooks(
         validate=lambda: [[next(found)] * 3],
-        tell=lambda _: None,
+        log=lambda _: None,
         save=lambda metrics, finished: saved.append((learner.step, bool(metrics), finished)),
-        heed=lambda: None,
+        check_in=lambda: None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -123,12 +123,12 @@ def test_a_validation_that_did_not_come_about_is_made_up_for(at):
     done = []
     hooks = loop.Hooks(
         validate=lambda: done.append(learner.step) or [[0.5] * 3],
-        tell=lambda _: None,
+        log=lambda _: None,
         save=lambda metrics, finished: done.append((bool(metrics), finished)),
-        heed=lambda: None,
+        check_in=lambda: None,
     )
     metrics = loop.run(learner, batches(CONFIG, CASES, (0, 1, at)), hooks)
     assert metrics["mean"] == 0.5
     assert done[:2] == [at, (True, at == 12)]
     assert done[-2:] == [12, (True, True)]
-    assert learner.judged_at == 12
+    assert learner.validated_at == 12
