@@ -3,7 +3,7 @@
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from raybrats import storage
 from raybrats.config import RunConfig, TrainConfig, to_json
 from raybrats.errors import TrackingError, UsageError
 
-_TRANSPORT = (
+_TRANSPORT_ERRORS = (
     mlflow.exceptions.MlflowException,
     requests.RequestException,
     botocore.exceptions.BotoCoreError,
@@ -29,14 +29,15 @@ _TRANSPORT = (
     boto3.exceptions.Boto3Error,
     sqlalchemy.exc.SQLAlchemyError,
 )
-"""What speaking to the server, its artifact store or its database may raise."""
+"""Exceptions that a call to the server, its artifact store or its database may raise."""
 
-_FIRST_WORD_S = 12.0
-"""Until a server counts as out of reach. Measured: a dead port is known after 3 s, MLflow's three
-tries included; a server that accepts and says nothing holds the client for three times 30 s."""
+_CONNECT_TIMEOUT_S = 12.0
+"""Seconds until a server counts as out of reach. Measured: a dead port is known after 3 s, MLflow's
+three tries included; a server that accepts and never answers holds the client for three times 30 s.
+"""
 
-_LOGGED = ("data", "augment", "network", "loss", "optim", "validation", "cluster")
-"""Sections whose fields become parameters."""
+_LOGGED_SECTIONS = ("data", "augment", "network", "loss", "optim", "validation", "cluster")
+"""Sections of the configuration whose fields become parameters."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Run:
     """An MLflow run, as it is handed to workers."""
 
     uri: str
+    """Tracking URI of its server."""
     run_id: str
-    """Empty: there was no server when the run began."""
+    """Id at that server; empty if there was no server when the run began."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,17 @@ class Curve:
 
 
 def tracking_uri(config: TrainConfig) -> str:
-    """The server of the run: its own setting, else the default beside its storage.
+    """Tracking URI of a run: its own setting, else the default beside its storage.
+
+    The folder of an SQLite file is made if there is none.
 
     Raises:
         UsageError: none is set, and the runs are not on a local path.
+
+    Example:
+        >>> from raybrats.config import TrackingConfig
+        >>> tracking_uri(TrainConfig(tracking=TrackingConfig(uri="http://mlflow:5000")))
+        'http://mlflow:5000'
     """
     uri = config.tracking.uri or default_uri(config.run.storage_uri)
     if uri.startswith("sqlite:///"):
@@ -69,10 +78,14 @@ def tracking_uri(config: TrainConfig) -> str:
 
 
 def default_uri(storage_uri: str = RunConfig().storage_uri) -> str:
-    """MLFLOW_TRACKING_URI, else SQLite in the folder of local runs.
+    """Tracking URI in MLFLOW_TRACKING_URI, else that of SQLite in the folder of local runs.
 
     Raises:
         UsageError: the variable is not set, and the runs are not on a local path.
+
+    Example:
+        >>> default_uri("runs")  # where the variable is not set
+        'sqlite:///.../runs/mlflow.db'
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI", ""):
         return uri
@@ -88,6 +101,11 @@ def start(
 
     Raises:
         TrackingError: the server is out of reach.
+
+    Example:
+        >>> run = start(tiny(), tags={"note": "first"})  # doctest: +SKIP
+        >>> run.uri  # doctest: +SKIP
+        'sqlite:////home/me/runs/mlflow.db'
     """
     uri = tracking_uri(config)
     check_reachable(uri)
@@ -96,7 +114,7 @@ def start(
         labels = {"raybrats.recipe": config.recipe, **(tags or {})}
         if parent is not None:
             labels["mlflow.parentRunId"] = parent.run_id
-        experiment = _experiment(client, config)
+        experiment = _experiment_id(client, config)
         run_id = client.create_run(experiment, tags=labels, run_name=config.run.name).info.run_id
         client.log_batch(run_id, params=[Param(*row) for row in parameters(config).items()])
         client.log_text(run_id, to_json(config), "config.json")
@@ -104,7 +122,14 @@ def start(
 
 
 def finish(run: Run, status: str = "FINISHED") -> None:
-    """Closes the run: FINISHED, FAILED or KILLED."""
+    """Closes the run with a status: FINISHED, FAILED or KILLED.
+
+    Raises:
+        TrackingError: the server is out of reach or does not know the run.
+
+    Example:
+        >>> finish(run, "KILLED")  # doctest: +SKIP
+    """
     with tracking_errors(run.uri):
         MlflowClient(run.uri).set_terminated(run.run_id, status)
 
@@ -114,6 +139,9 @@ def resume(run: Run) -> None:
 
     Raises:
         TrackingError: the server is out of reach or does not know the run.
+
+    Example:
+        >>> resume(Run("http://mlflow:5000", run_id))  # doctest: +SKIP
     """
     check_reachable(run.uri)
     with tracking_errors(run.uri):
@@ -121,7 +149,15 @@ def resume(run: Run) -> None:
 
 
 def curves(run: Run) -> dict[str, Curve]:
-    """Every metric of a run over its steps; of values logged twice the last one counts."""
+    """Every metric of a run over its steps; of two values at one step the later one counts.
+
+    Raises:
+        TrackingError: the server is out of reach or does not know the run.
+
+    Example:
+        >>> curves(run)["val/dice_mean"]  # doctest: +SKIP
+        Curve(steps=(50, 100, 150), values=(0.41, 0.77, 0.83))
+    """
     with tracking_errors(run.uri):
         client = MlflowClient(run.uri)
         names = client.get_run(run.run_id).data.metrics
@@ -134,86 +170,126 @@ def curves(run: Run) -> dict[str, Curve]:
 
 
 def logged_parameters(run: Run) -> dict[str, str]:
-    """The parameters of a run, as they were logged."""
+    """Parameters of a run, as they were logged.
+
+    Raises:
+        TrackingError: the server is out of reach or does not know the run.
+
+    Example:
+        >>> logged_parameters(run)["optim.steps"]  # doctest: +SKIP
+        '150'
+    """
     with tracking_errors(run.uri):
         return dict(MlflowClient(run.uri).get_run(run.run_id).data.params)
 
 
 def parameters(config: TrainConfig) -> dict[str, str]:
-    """Dotted field -> value, of the sections that say nothing about places and people."""
+    """Value of each dotted field, but for the sections that tell of places and people.
+
+    Example:
+        >>> parameters(TrainConfig(recipe="tiny"))["recipe"]
+        'tiny'
+    """
     rows = {"recipe": config.recipe, "run.seed": str(config.run.seed)}
     for section, values in asdict(config).items():
-        if section in _LOGGED:
+        if section in _LOGGED_SECTIONS:
             rows |= {f"{section}.{name}": str(v) for name, v in values.items()}
     return rows
 
 
 def redacted(text: str) -> str:
-    """The text without credentials in its URIs."""
+    """The text without the credentials in its URIs.
+
+    Example:
+        >>> redacted("no answer from http://me:secret@mlflow:5000")
+        'no answer from http://***@mlflow:5000'
+    """
     return re.sub(r"(?<=://)[^/\s\"]+@", "***@", text)
 
 
 def check_reachable(uri: str) -> None:
-    """Waits for the server's first word, but not for long.
+    """Waits for the server's first answer, a few seconds at most.
 
     MLflow's client bounds each read of a socket, not what a call takes in all (name service,
     addresses, tries), so the question is asked in a thread that is left behind if need be.
 
     Raises:
         TrackingError: the server is out of reach.
+
+    Example:
+        >>> check_reachable("sqlite:///mlflow.db")  # a file always is
     """
-    if uri.startswith("sqlite:"):  # a file: nothing to wait for but its first migration
+    if uri.startswith("sqlite:"):  # nothing to wait for but its first migration
         return
     answer: Future[object] = Future()
-    threading.Thread(target=_ask, args=(uri, answer), daemon=True).start()
+
+    def ask() -> None:
+        try:  # a question that every server can answer quickly
+            answer.set_result(MlflowClient(uri).get_experiment_by_name("Default"))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        answer.result(_FIRST_WORD_S)
+        answer.result(_CONNECT_TIMEOUT_S)
         return
     except TimeoutError:
-        words = f"no answer within {_FIRST_WORD_S:g} s"
-    except _TRANSPORT as error:
-        words = one_line(error)
-    raise TrackingError(f"MLflow at {redacted(uri)}: start it or correct tracking.uri ({words})")
-
-
-def _ask(uri: str, answer: Future[object]) -> None:
-    """A question that every server can answer quickly."""
-    try:
-        answer.set_result(MlflowClient(uri).get_experiment_by_name("Default"))
-    except Exception as error:
-        answer.set_exception(error)
+        reason = f"no answer within {_CONNECT_TIMEOUT_S:g} s"
+    except _TRANSPORT_ERRORS as error:
+        reason = one_line(error)
+    raise TrackingError(f"MLflow at {redacted(uri)}: start it or correct tracking.uri ({reason})")
 
 
 @contextmanager
-def tracking_errors(uri: str) -> Iterator[None]:
-    """Turns what MLflow and its transport raise into one line about the server."""
+def tracking_errors(uri: str) -> Generator[None]:
+    """Turns what MLflow and its transport raise into one line about the server.
+
+    Raises:
+        TrackingError: the body raised such an error.
+
+    Example:
+        >>> with tracking_errors("http://me:secret@mlflow:5000"):
+        ...     raise requests.ConnectionError("refused")
+        Traceback (most recent call last):
+        raybrats.errors.TrackingError: MLflow at http://***@mlflow:5000: refused
+    """
     try:
         yield
-    except _TRANSPORT as error:
+    except _TRANSPORT_ERRORS as error:
         raise TrackingError(f"MLflow at {redacted(uri)}: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, without credentials."""
+    """First line of what an error says, without credentials, 300 characters at most.
+
+    Example:
+        >>> one_line(OSError("http://me:secret@mlflow:5000 refused"))
+        'http://***@mlflow:5000 refused'
+    """
     return redacted((str(error) or type(error).__name__).splitlines()[0])[:300]
 
 
-def _experiment(client: MlflowClient, config: TrainConfig) -> str:
+def _experiment_id(client: MlflowClient, config: TrainConfig) -> str:
+    """Id of the experiment that the configuration names, created if there is none."""
     name = config.tracking.experiment
     found = client.get_experiment_by_name(name)
     if found is not None:
         return found.experiment_id
-    place = None
+    location = None
     if client.tracking_uri.startswith("sqlite:"):  # without a server, artifacts go beside the runs
-        place = storage.join(storage.absolute(config.run.storage_uri), "mlartifacts")
-    return client.create_experiment(name, artifact_location=place)
+        location = storage.join(storage.absolute(config.run.storage_uri), "mlartifacts")
+    return client.create_experiment(name, artifact_location=location)
 
 
 @contextmanager
-def default_server(uri: str) -> Iterator[None]:
-    """MLflow's fluent calls go to this server.
+def default_server(uri: str) -> Generator[None]:
+    """Sends MLflow's fluent calls to this server, and leaves the environment as it was.
 
     MLflow also writes the URI into the environment, where later runs would take it for the user's.
+
+    Example:
+        >>> with default_server("http://mlflow:5000"):  # doctest: +SKIP
+        ...     model = mlflow.pyfunc.load_model("models:/raybrats@champion")
     """
     names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
     before = {name: os.environ.get(name) for name in names}
