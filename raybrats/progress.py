@@ -1,13 +1,33 @@
-"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere (stderr)."""
+"""Progress of long work, on stderr: a bar on a terminal, lines where they were asked for."""
 
 import sys
 import time
 
 LINE_EVERY_S = 10.0
+"""Seconds between the lines of one display (in a log, a minute is six lines)."""
+
+_lines_wanted = False
+
+
+def ask_for_lines() -> None:
+    """Every display of this process writes plain lines where there is no terminal for a bar.
+
+    The command line and the jobs ask for them; a program that imports raybrats is not written to.
+
+    Example:
+        >>> ask_for_lines()  # doctest: +SKIP
+    """
+    global _lines_wanted
+    _lines_wanted = True
 
 
 class Display:
-    """One line of work: how much of it is done, and a short remark."""
+    """One piece of work: how much of it is done, and a short remark.
+
+    Example:
+        >>> with Display("indexing", total=2) as display:
+        ...     display.show(1, "BraTS20_Training_001")
+    """
 
     def __init__(self, title: str, total: int) -> None:
         from rich.console import Console
@@ -33,9 +53,12 @@ class Display:
             self._bar.stop()
 
     def show(self, done: int, remark: str = "") -> None:
-        """Shows that so much is done."""
+        """Shows that `done` of the total is done; of lines one every `LINE_EVERY_S`, and the last."""
         if self._bar:
             self._bar.update(self._task, completed=done, remark=remark)
-        elif done >= self._total or time.monotonic() - self._last_s > LINE_EVERY_S:
+        elif _lines_wanted and self._is_due(done):
             self._last_s = time.monotonic()
             print(f"{self._title}: {done}/{self._total} {remark}".rstrip(), file=sys.stderr)  # noqa: T201
+
+    def _is_due(self, done: int) -> bool:
+        return done >= self._total or time.monotonic() - self._last_s > LINE_EVERY_S
