@@ -8,16 +8,17 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from raybrats.brats import MODALITIES, Modality
 from raybrats.errors import UsageError
 
-T = TypeVar("T")
 NUM_FOLDS = 5
+"""Folds of every cohort (nnU-Net: 5)."""
 Normalisation = Literal["zscore", "minmax", "percentile"]
 
 
@@ -49,34 +50,35 @@ class DataConfig(Section):
     modalities: tuple[Modality, ...] = MODALITIES
     """Input channels, in this order."""
     normalisation: Normalisation = "zscore"
-    """Inside the brain: zero mean and unit deviation; 0 to 1; 0 to 1 between `percentiles`."""
+    """Scaling inside the brain: to zero mean and unit deviation; to 0..1 from least to greatest
+    voxel; to 0..1 between `percentiles`."""
     percentiles: tuple[float, float] = (0.5, 99.5)
-    """Where `percentile` clips each modality, in per cent of the brain's voxels."""
+    """Percentiles of the brain's voxels at which `percentile` clips each modality."""
     sampling: Literal["random", "grid", "slices", "volume"] = "random"
-    """What a draw is: a random patch, the next of the overlapping patches that cover the case, one
-    of its slices, or the case whole, padded to a multiple of the network's stride."""
+    """Kind of draw: a random patch, the next of the overlapping patches that cover the case, one of
+    its slices, or the case whole, padded to a multiple of the network's stride."""
     patch_size: tuple[int, int, int] = (128, 128, 128)
     """Shape of a draw in voxels, (i, j, k); slices are resized to (i, j, 1). Not for `volume`."""
     foreground_share: float = 1 / 3
-    """Share of the random draws centred on a tumour voxel (nnU-Net: one third)."""
+    """Fraction of the random draws that is centred on a tumour voxel (nnU-Net: one third)."""
     grid_overlap: float = 0.5
     """Overlap of neighbouring patches of the grid, as a fraction of the patch."""
     first_slice: int = 0
     """Lowest slice that is drawn, counted along k of the whole canonical volume."""
     num_slices: int = 155
-    """Slices that are drawn from, of each case (BraTS has 155)."""
+    """Slices of each case that are drawn from (BraTS has 155)."""
     patches_per_case: int = 1
-    """Draws that one opening of a case serves, in as many steps; of use without a cache.
+    """Draws that one opening of a case serves, in as many steps; useful without a cache.
 
-    The store holds so many global batches at once."""
+    Ray's object store holds as many global batches at once."""
     cache_dir: str = ""
     """Node-local folder of prepared cases; empty: raybrats-cache-<user id> of the temporary one."""
     cache_gb: float = 100.0
-    """Most that the folder may hold, in 10^9 bytes (BraTS 2021 is 45); 0 keeps nothing.
+    """Gigabytes (10^9 bytes) that the folder holds at most (BraTS 2021: 45); 0 keeps nothing.
 
     All runs of a node share it: one with a smaller cap removes what others kept."""
     max_bad_fraction: float = 0.0
-    """Share of quarantined cases that training accepts; they are left out and named."""
+    """Fraction of quarantined cases that training accepts; they are left out and named."""
     cpus_per_task: float = 0.5
     """CPUs that one decoding task reserves on the cluster."""
     prefetch_batches: int = 2
@@ -129,20 +131,20 @@ class AugmentConfig(Section):
     scale_range: tuple[float, float] = (0.7, 1.4)
     """Source voxels a voxel, as in nnU-Net: 0.7 magnifies, 1.4 makes the head smaller."""
     elastic: float = 0.0
-    """Smooth deformation (the BraTS 2020 winner: 0.3)."""
+    """Probability of a smooth deformation (the BraTS 2020 winner: 0.3)."""
     elastic_voxels: tuple[float, float] = (0.0, 7.5)
     """Largest displacement of a control point (TorchIO: 7.5 mm)."""
     elastic_spacing_voxels: float = 32.0
     """Distance of the control points (TorchIO: 7 over a head, about 32 mm)."""
     bias_field: float = 0.0
-    """Smooth shading, another for each modality."""
+    """Probability of smooth shading, another for each modality."""
     bias_field_coefficient: float = 0.5
     """Largest coefficient of the polynomial over the patch (TorchIO)."""
     noise: float = 0.1
     noise_variance: tuple[float, float] = (0.0, 0.1)
     blur: float = 0.2
     blur_per_modality: float = 0.5
-    """Share of the modalities that are blurred where a patch is."""
+    """Fraction of the modalities that is blurred where a patch is."""
     blur_sigma_voxels: tuple[float, float] = (0.5, 1.0)
     brightness: float = 0.15
     brightness_range: tuple[float, float] = (0.75, 1.25)
@@ -150,17 +152,17 @@ class AugmentConfig(Section):
     contrast_range: tuple[float, float] = (0.75, 1.25)
     low_resolution: float = 0.25
     low_resolution_per_modality: float = 0.5
-    """Share of the modalities that are coarsened where a patch is."""
+    """Fraction of the modalities that is coarsened where a patch is."""
     low_resolution_range: tuple[float, float] = (0.5, 1.0)
     """Edge of the coarse grid over the edge of the patch."""
     inverted_gamma: float = 0.1
-    """Gamma of the negative, within the same range."""
+    """Probability of a gamma of the negative, within the same range."""
     gamma: float = 0.3
     gamma_range: tuple[float, float] = (0.7, 1.5)
     gamma_keeps: Literal["range", "moments"] = "moments"
-    """What of the brain stays: least and greatest value, or mean and deviation (nnU-Net). Ends are
-    outliers, so with `range` a gamma of 0.7 or 1.5 moves the mean by 0.8 to 2.3 deviations
-    (measured on two BraTS 2021 cases)."""
+    """Statistics of the brain that a gamma keeps: least and greatest value, or mean and deviation
+    (nnU-Net). Ends are outliers, so with `range` a gamma of 0.7 or 1.5 moves the mean by 0.8 to
+    2.3 deviations (measured on two BraTS 2021 cases)."""
     drop_modality: float = 0.0
     """Probability that one modality, never the only one, becomes background."""
     mirror: float = 0.5
@@ -245,28 +247,28 @@ class OptimConfig(Section):
     momentum: float = 0.99
     """Nesterov momentum of SGD (nnU-Net: 0.99)."""
     schedule: Literal["poly", "cosine"] = "poly"
-    """How the learning rate falls to 0 at the last step."""
+    """Shape of the fall of the learning rate to 0 at the last step."""
     poly_power: float = 0.9
-    """lr * (1 - step/steps)**power (nnU-Net: 0.9)."""
+    """Exponent of `lr * (1 - step / steps) ** power` (nnU-Net: 0.9)."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0 first."""
+    """Steps at the start over which the learning rate rises from 0."""
     clip_norm: float = 12.0
-    """Gradient norm is clipped here (nnU-Net: 12)."""
+    """Norm to which a larger gradient is scaled down (nnU-Net: 12)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast of forward and loss; fp16 scales the loss. Under fp32 the convolutions of a GPU use
-    TF32, as torch does unless it is told otherwise."""
+    """Type to which forward pass and loss are autocast; fp16 scales the loss. Under fp32 the
+    convolutions of a GPU use TF32, which is torch's default."""
     steps: int = 250_000
     """Optimiser steps of the whole run."""
     global_batch: int = 2
     """Patches a step, over all workers."""
     micro_batch: int = 0
-    """Most patches that a worker takes at once; gradients of the rest are added up. 0: all."""
+    """Patches that a worker takes at once; the gradients of several are added up. 0: all."""
     ema_decay: float = 0.0
-    """Weights are averaged over steps with this decay, and the averages are what is validated and
+    """Decay of the averages of the weights over steps, which are then what is validated and
     registered; 0 averages nothing."""
     max_skipped: int = 20
-    """Steps in a row without a finite gradient, which are skipped, until the run stops; fp16 finds
-    its scale in 16 at most."""
+    """Steps in a row without a finite gradient, each of them skipped, after which the run stops;
+    fp16 finds its scale in 16 at most."""
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < math.inf, "optim.lr", "> 0", self.lr)
@@ -288,13 +290,13 @@ class ValidationConfig(Section):
     """How often the held-out cases are segmented whole, and how."""
 
     every_steps: int = 2_500
-    """Also a checkpoint is written then, and at the end."""
+    """Steps between validations; each also writes a checkpoint, and so does the end."""
     overlap: float = 0.5
     """Overlap of the sliding windows, as a fraction of the patch."""
     max_cases: int = 0
-    """Held-out cases used, the first in cohort order; 0 uses all."""
+    """Held-out cases that are used, the first in cohort order; 0 uses all."""
     patience: int = 0
-    """Validations in a row without a better mean region Dice until the run ends; 0: never."""
+    """Validations in a row without a better mean region Dice after which the run ends; 0: never."""
 
     def __post_init__(self) -> None:
         _require(self.patience >= 0, "validation.patience", ">= 0", self.patience)
@@ -308,25 +310,25 @@ class ClusterConfig(Section):
     """What the run asks of the Ray cluster."""
 
     workers: int = 1
-    """DDP workers; of an elastic run the most."""
+    """DDP workers; the most that an elastic run has."""
     min_workers: int = 0
-    """An elastic run goes on with as few as these while nodes are missing; 0: with all or none."""
+    """Workers with which an elastic run goes on while nodes are missing; 0: with all or none."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """`auto` takes one GPU a worker where the cluster has GPUs."""
+    """Device of each worker; `auto` takes one GPU a worker where the cluster has GPUs."""
     cpus_per_worker: float = 1.0
     max_failures: int = 3
-    """Worker-group restarts before the run gives up; those after a preemption notice are free."""
+    """Restarts of the workers before the run gives up; those after a preemption notice are free."""
     collective_timeout_s: float = 600.0
-    """Until a worker that waits for another in a step gives up."""
+    """Seconds that a worker waits for the others in a step before it gives up."""
     stall_s: float = 1800.0
-    """Until a run in which nothing moves, no step and no validated case, is ended; so long do
-    workers wait for each other after a validation."""
+    """Seconds without any progress, neither a step nor a validated case, after which the run is
+    ended; also the time that workers wait for each other after a validation."""
     grace_s: float = 30.0
-    """For a last checkpoint once the driver gets SIGTERM."""
+    """Seconds that a last checkpoint may take once the driver gets SIGTERM."""
     channels_last: bool = False
-    """Lay tensors out with the channels closest."""
+    """Whether tensors are laid out with the channels closest."""
     compile: bool = False
-    """torch.compile; where it fails the run goes on without it."""
+    """Whether the network is compiled (torch.compile); where that fails the run goes on without."""
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, "cluster.workers", ">= 1", self.workers)
@@ -347,12 +349,14 @@ class RunConfig(Section):
     """Name, place and seed of the run."""
 
     name: str = ""
-    """Checkpoints lie at <storage_uri>/<name>/checkpoints; empty: recipe and time."""
+    """Name of the run, whose checkpoints lie at <storage_uri>/<name>/checkpoints; empty: recipe
+    and time."""
     storage_uri: str = "runs"
     """Local path or s3:// URI under which runs are kept."""
     seed: int = 0
     resume: Literal["never", "auto", "must"] = "auto"
-    """What to do with checkpoints of the same run name."""
+    """Whether the run goes on with an earlier attempt of its name: `never` refuses one, `auto` takes
+    one where it is there, `must` requires one."""
     save_every_steps: int = 250
     """Steps between checkpoints, beside those of validations."""
 
@@ -372,11 +376,11 @@ class TrackingConfig(Section):
     uri: str = ""
     """MLflow server; empty: MLFLOW_TRACKING_URI, else SQLite beside local runs."""
     required: bool = True
-    """Whether training stops at the start when the server is out of reach; else metrics wait in the
-    run's folder."""
+    """Whether training stops at the start when the server is out of reach; if not, metrics wait in
+    the run's folder."""
     experiment: str = "raybrats"
     model: str = "raybrats"
-    """Registered model; empty registers nothing."""
+    """Name of the registered model; empty registers nothing."""
 
     def __post_init__(self) -> None:
         _require_no_secret("tracking.uri", self.uri)
@@ -419,28 +423,50 @@ class TrainConfig(Section):
 
 
 def to_json(config: TrainConfig) -> str:
-    """The run as indented JSON."""
+    """The run as indented JSON.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> from_json(to_json(tiny())) == tiny()
+        True
+    """
     return json.dumps(asdict(config), indent=1)
 
 
-def from_json(text: str) -> TrainConfig:
-    """The run that `to_json` wrote.
+def from_json(text: str | bytes) -> TrainConfig:
+    """The run that `to_json` wrote; fields that it lacks have their defaults.
 
     Raises:
         UsageError: a key is unknown or a value does not fit.
+
+    Example:
+        >>> from_json('{"recipe": "mine", "optim": {"steps": 100}}').optim.steps
+        100
     """
     from pydantic import TypeAdapter
 
-    return _told(lambda: TypeAdapter(TrainConfig).validate_json(text))
+    with _named_by_field():
+        return TypeAdapter(TrainConfig).validate_json(text)
 
 
 def digest(config: TrainConfig) -> str:
-    """Sha256 of what decides the weights and how they are scored; places and workers do not."""
+    """The sha256 of what decides the weights and how they are scored; places and workers do not.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> digest(tiny()) == digest(override(tiny(), "cluster.workers", 1))
+        True
+    """
     return hashlib.sha256(json.dumps(deciding(asdict(config)), sort_keys=True).encode()).hexdigest()
 
 
 def deciding(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a run as nested dicts, what decides the weights and how they are scored."""
+    """The part of a run, as nested dicts, that decides the weights and how they are scored.
+
+    Example:
+        >>> sorted(deciding(asdict(TrainConfig())))
+        ['augment', 'data', 'loss', 'network', 'optim', 'run', 'validation']
+    """
     ignored = ("recipe", "run", "cluster", "tracking")
     places = ("cpus_per_task", "prefetch_batches", "cache_dir", "cache_gb")
     kept = {name: section for name, section in tree.items() if name not in ignored}
@@ -448,21 +474,31 @@ def deciding(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "run": {"seed": tree["run"]["seed"]}}
 
 
-def override(config: T, path: str, value: object) -> T:
-    """The same configuration with the field at a dotted path changed; see `override_all`."""
+def override(config: TrainConfig, path: str, value: object) -> TrainConfig:
+    """The same run with the field at a dotted path changed; see `override_all`.
+
+    Example:
+        >>> override(TrainConfig(), "optim.lr", 1e-3).optim.lr
+        0.001
+    """
     return override_all(config, {path: value})
 
 
-def override_all(config: T, changes: Mapping[str, object]) -> T:
-    """The same configuration with the fields at dotted paths changed, and checked together.
+def override_all(config: TrainConfig, changes: Mapping[str, object]) -> TrainConfig:
+    """The same run with the fields at dotted paths changed, and checked together.
 
     Raises:
         UsageError: there is no such field (the nearest name is suggested), or the value has
             another type or breaks a rule.
+
+    Example:
+        >>> changed = override_all(TrainConfig(), {"data.fold": 3, "data.patch_size": [64, 64, 64]})
+        >>> changed.data.fold, changed.data.patch_size
+        (3, (64, 64, 64))
     """
     from pydantic import TypeAdapter
 
-    tree = asdict(config)  # type: ignore[call-overload]
+    tree = asdict(config)
     for path, value in changes.items():
         section: object = config
         branch = parent = tree
@@ -470,7 +506,8 @@ def override_all(config: T, changes: Mapping[str, object]) -> T:
             _require_field(section, name, path)
             section, parent, branch = getattr(section, name), branch, branch[name]
         parent[name] = value
-    return _told(lambda: TypeAdapter(type(config)).validate_python(tree))
+    with _named_by_field():
+        return TypeAdapter(TrainConfig).validate_python(tree)
 
 
 def _require_field(section: object, name: str, path: str) -> None:
@@ -482,12 +519,17 @@ def _require_field(section: object, name: str, path: str) -> None:
         raise UsageError(f"{path}: no field {name!r} in {type(section).__name__}{hint}")
 
 
-def _told(validate: Callable[[], T]) -> T:
-    """What pydantic makes of a run; its first complaint in one line that names the field."""
+@contextmanager
+def _named_by_field() -> Generator[None]:
+    """Turns pydantic's first complaint into one line that names the field.
+
+    Raises:
+        UsageError: there was a complaint.
+    """
     from pydantic import ValidationError
 
     try:
-        return validate()
+        yield
     except ValidationError as error:
         first = error.errors()[0]
         broken = first.get("ctx", {}).get("error")

@@ -53,7 +53,7 @@ class Display:
             self._bar.stop()
 
     def show(self, done: int, remark: str = "") -> None:
-        """Shows that `done` of the total is done; of lines one every `LINE_EVERY_S`, and the last."""
+        """Shows how much is done; as lines, one every `LINE_EVERY_S` and the last one."""
         if self._bar:
             self._bar.update(self._task, completed=done, remark=remark)
         elif _lines_wanted and self._is_due(done):
