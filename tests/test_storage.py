@@ -27,7 +27,7 @@ from fault_proxy import (
 )
 from services import S3
 
-from raybrats import storage
+from raybrats import filesystem, storage
 from raybrats.errors import ChangedObjectError, MissingObjectError, StorageError
 
 BLOB = os.urandom(300_000)
@@ -345,9 +345,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], float]:
     """
 
     def give_up_after(seconds: float) -> float:
-        monkeypatch.setitem(storage._S3_OPTIONS["config_kwargs"], "read_timeout", 1)
-        monkeypatch.setattr(storage, "DEADLINE_S", seconds)
-        return seconds + len(BLOB) / storage._SLOW_LINE
+        monkeypatch.setitem(filesystem.S3_OPTIONS["config_kwargs"], "read_timeout", 1)
+        monkeypatch.setattr(filesystem, "DEADLINE_S", seconds)
+        return seconds + len(BLOB) / filesystem.SLOW_LINE
 
     return give_up_after
 

@@ -18,7 +18,7 @@ from ranks import CASES, CONFIG, CPU, batches, steps, together
 from s3fs import S3FileSystem
 from services import S3
 
-from raybrats import storage
+from raybrats import filesystem, storage
 from raybrats.errors import CheckpointError, DivergedError, StorageError
 from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Snapshot
@@ -313,7 +313,7 @@ def test_an_upload_that_is_cut_is_never_listed_and_goes_with_the_next_prune(
     flaky, bucket, learner, monkeypatch
 ):
     """F10."""
-    monkeypatch.setattr(storage, "DEADLINE_S", 2.0)
+    monkeypatch.setattr(filesystem, "DEADLINE_S", 2.0)
     run_uri = f"s3://{bucket}/run"
     saver, fired = Saver(run_uri), second_put(flaky, 0)
     for learner.step in (1, 2):
