@@ -13,7 +13,7 @@ from torch import Tensor
 from raybrats import storage
 from raybrats.config import TrainConfig
 from raybrats.errors import CheckpointError, DivergedError, StorageError
-from raybrats.train import checkpoint
+from raybrats.train import checkpoint, manifest
 from raybrats.train.checkpoint import Checkpoint, Snapshot, Written
 from raybrats.train.learner import Learner, world_size
 
@@ -117,7 +117,7 @@ class Saver:
         self._failed, self.saved = 0, snapshot.step
         self._verified = [*[u for u in self._verified if u != uri][-1:], uri]
         try:
-            checkpoint.prune(self._run_uri, self._verified)
+            manifest.prune(self._run_uri, self._verified)
         except StorageError as error:  # more are kept than need be
             _LOG.warning("older checkpoints stay: %s", error)
         return True

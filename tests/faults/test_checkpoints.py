@@ -20,9 +20,10 @@ from services import S3
 
 from raybrats import filesystem, storage
 from raybrats.errors import CheckpointError, DivergedError, StorageError
-from raybrats.train import checkpoint
+from raybrats.train import checkpoint, manifest
 from raybrats.train.checkpoint import Snapshot
 from raybrats.train.learner import new_learner
+from raybrats.train.manifest import MANIFEST
 from raybrats.train.saver import TRIES, Saver
 from raybrats.train.step import train_step
 
@@ -44,7 +45,7 @@ def save(run_uri, learner, step, **facts):
 def test_every_flipped_bit_of_a_checkpoint_is_caught(tmp_path, learner):
     """F7: 200 of 200, over all its files; a plain torch.load takes nearly all of them."""
     uri, dice, caught, taken = save(str(tmp_path), learner, 2), random.Random(4), 0, 0
-    names = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.CONFIG, checkpoint.MANIFEST)
+    names = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.CONFIG, MANIFEST)
     whole = {name: storage.read_bytes(storage.join(uri, name)) for name in names}
     for _ in range(NUM_FLIPS):
         name = dice.choices(names, [len(whole[n]) for n in names])[0]
@@ -184,7 +185,7 @@ def test_what_cannot_be_pruned_stops_nothing(tmp_path, learner, monkeypatch):
         refused.append(1)
         raise StorageError("access refused")
 
-    monkeypatch.setattr(checkpoint, "prune", refuse)
+    monkeypatch.setattr(manifest, "prune", refuse)
     for learner.step in (7, 8):
         saver.save(learner, {})
         saver.wait()

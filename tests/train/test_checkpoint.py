@@ -11,10 +11,11 @@ from raybrats import storage
 from raybrats.config import NetworkConfig, TrainConfig, digest, from_json
 from raybrats.errors import CheckpointError
 from raybrats.model.network import build, weights_of
-from raybrats.train import checkpoint
+from raybrats.train import checkpoint, manifest
 from raybrats.train.checkpoint import Snapshot
+from raybrats.train.manifest import MANIFEST
 
-FILES = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.CONFIG, checkpoint.MANIFEST)
+FILES = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.CONFIG, MANIFEST)
 CONFIG = TrainConfig(network=NetworkConfig(widths=(4, 4, 4)))
 
 
@@ -77,14 +78,14 @@ def test_what_is_written_is_read(run_uri):
 
 def test_the_manifest_names_size_and_digest_of_every_file(run_uri):
     uri = write(run_uri, 3)
-    manifest = json.loads(storage.read_bytes(storage.join(uri, checkpoint.MANIFEST)))
+    said = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
     assert {storage.name(name) for name in objects(uri)} == set(FILES)
-    for name, facts in manifest["files"].items():
+    for name, facts in said["files"].items():
         data = storage.read_bytes(storage.join(uri, name))
         assert facts == {"size": len(data), "digest": storage.digest_of(data)}
-    assert manifest["draws"] == 3 * CONFIG.optim.global_batch
-    assert manifest["config_digest"] == digest(CONFIG)
-    assert (manifest["world"], manifest["mlflow_run_id"], manifest["finished"]) == (3, "abc", False)
+    assert said["draws"] == 3 * CONFIG.optim.global_batch
+    assert said["config_digest"] == digest(CONFIG)
+    assert (said["world"], said["mlflow_run_id"], said["finished"]) == (3, "abc", False)
 
 
 def test_a_run_without_checkpoints_has_no_newest(run_uri):
@@ -121,13 +122,13 @@ def test_the_best_is_one_that_was_validated(run_uri):
 def test_prune_keeps_the_two_newest_that_verified_the_best_and_what_is_newer(run_uri):
     means = ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.4), (5, 0.5), (6, 0.1))
     uris = [write(run_uri, step, mean) for step, mean in means]
-    storage.delete(storage.join(uris[0], checkpoint.MANIFEST))
-    storage.delete(storage.join(uris[5], checkpoint.MANIFEST))
+    storage.delete(storage.join(uris[0], MANIFEST))
+    storage.delete(storage.join(uris[5], MANIFEST))
     for verified in ([], uris[3:4]):
-        checkpoint.prune(run_uri, verified)
+        manifest.prune(run_uri, verified)
         assert folders(run_uri) == {1, 2, 3, 4, 5, 6}, "fewer than two are known to be good"
     for _ in range(2):
-        checkpoint.prune(run_uri, uris[2:5])
+        manifest.prune(run_uri, uris[2:5])
         assert [w.step for w in checkpoint.written(run_uri)] == [2, 4, 5]
         assert folders(run_uri) == {2, 4, 5, 6}, "an old orphan goes, a newer one may be in work"
     assert checkpoint.best(run_uri).step == 2
@@ -140,7 +141,7 @@ def folders(run_uri):
 
 def test_a_checkpoint_without_a_manifest_was_never_finished(run_uri):
     write(run_uri, 1)
-    storage.delete(storage.join(write(run_uri, 2), checkpoint.MANIFEST))
+    storage.delete(storage.join(write(run_uri, 2), MANIFEST))
     assert [w.step for w in checkpoint.written(run_uri)] == [1]
     assert checkpoint.newest(run_uri).step == 1
     with pytest.raises(CheckpointError, match="manifest"):
@@ -148,7 +149,7 @@ def test_a_checkpoint_without_a_manifest_was_never_finished(run_uri):
 
 
 def test_a_run_cut_in_its_first_upload_starts_afresh(run_uri):
-    storage.delete(storage.join(write(run_uri, 1), checkpoint.MANIFEST))
+    storage.delete(storage.join(write(run_uri, 1), MANIFEST))
     assert checkpoint.newest(run_uri) is None
     write(run_uri, 1)
     assert checkpoint.newest(run_uri).step == 1
@@ -181,9 +182,9 @@ def test_a_file_that_is_gone_makes_a_checkpoint_bad(run_uri, name):
 
 def test_every_bit_of_the_manifest_counts(tmp_path):
     uri = write(str(tmp_path), 1)
-    whole = storage.read_bytes(storage.join(uri, checkpoint.MANIFEST))
+    whole = storage.read_bytes(storage.join(uri, MANIFEST))
     for place in range(len(whole)):
-        change(uri, checkpoint.MANIFEST, lambda _: _flip_at(whole, place))  # noqa: B023
+        change(uri, MANIFEST, lambda _: _flip_at(whole, place))  # noqa: B023
         with pytest.raises(CheckpointError):
             checkpoint.read(uri)
 
@@ -192,7 +193,7 @@ def _flip_at(data, place):
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
-@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, MANIFEST])
 def test_a_run_whose_checkpoints_are_all_bad_never_starts_afresh(run_uri, name):
     for step in (1, 2):
         change(write(run_uri, step), name, flipped)
@@ -219,6 +220,76 @@ def test_a_damaged_best_gives_way_to_the_next(run_uri):
     change(uri, checkpoint.WEIGHTS, flipped)
     with pytest.raises(CheckpointError, match="no checkpoint that verifies"):
         checkpoint.best(run_uri)
+
+
+@pytest.fixture
+def files_read(monkeypatch):
+    """Names of the files of which storage is asked for the bytes."""
+    names, read_bytes = [], storage.read_bytes
+
+    def noted(uri, **expected):
+        names.append(storage.name(uri))
+        return read_bytes(uri, **expected)
+
+    monkeypatch.setattr(storage, "read_bytes", noted)
+    return names
+
+
+def test_scores_are_read_from_manifests_alone(run_uri, files_read):
+    for step, mean in ((1, 0.3), (2, 0.9), (3, 0.9), (4, 0.1), (5, None)):
+        uri = write(run_uri, step, mean)
+        storage.delete(storage.join(uri, checkpoint.STATE))
+        for name in (checkpoint.WEIGHTS, checkpoint.CONFIG):
+            change(uri, name, DAMAGE["emptied"])
+    files_read.clear()
+    found = checkpoint.best_written(run_uri)
+    assert (found.step, found.metrics) == (3, {"mean": 0.9, "WT": 0.9})
+    assert set(files_read) == {MANIFEST}
+    with pytest.raises(CheckpointError, match="verifies"):
+        checkpoint.best(run_uri)
+
+
+def test_without_a_validation_there_is_no_best(run_uri):
+    write(run_uri, 1, mean=None)
+    for nothing in (run_uri, storage.join(run_uri, "none")):
+        with pytest.raises(CheckpointError, match="no checkpoint with a validation"):
+            checkpoint.best_written(nothing)
+
+
+def test_a_network_is_read_without_the_optimiser(run_uri, files_read):
+    uri = write(run_uri, 7, mean=0.5)
+    storage.delete(storage.join(uri, checkpoint.STATE))
+    files_read.clear()
+    for found in (checkpoint.read_network(uri), checkpoint.best(run_uri)):
+        assert (found.uri, found.step, found.metrics["mean"]) == (uri, 7, 0.5)
+        assert found.config == CONFIG
+        torch.manual_seed(7)
+        expected = weights_of(build(CONFIG.network, 4))
+        assert found.weights.keys() == expected.keys()
+        assert all(torch.equal(found.weights[name], tensor) for name, tensor in expected.items())
+    assert set(files_read) == {MANIFEST, checkpoint.WEIGHTS, checkpoint.CONFIG}
+    with pytest.raises(CheckpointError, match=r"state\.pt"):
+        checkpoint.read(uri)
+
+
+@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.CONFIG, MANIFEST])
+@pytest.mark.parametrize("how", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_network_is_refused(tmp_path, name, how):
+    uri = write(str(tmp_path), 1)
+    change(uri, name, how)
+    with pytest.raises(CheckpointError):
+        checkpoint.read_network(uri)
+
+
+def test_a_configuration_of_another_version_is_refused_in_words(tmp_path):
+    uri = write(str(tmp_path), 1)
+    data = storage.read_bytes(storage.join(uri, checkpoint.CONFIG)).replace(b"seed", b"salt")
+    storage.write_bytes(storage.join(uri, checkpoint.CONFIG), data)
+    facts = manifest.read(uri)
+    facts["files"][checkpoint.CONFIG] = {"size": len(data), "digest": storage.digest_of(data)}
+    manifest.write(uri, facts)
+    with pytest.raises(CheckpointError, match=r"config\.json: of another version .*run\.salt"):
+        _ = checkpoint.read_network(uri).config
 
 
 class _Touch:
