@@ -28,8 +28,9 @@ class Segmenter(PythonModel):
         load_weights(network, load_file(context.artifacts["weights"]))
         self.network = network.to(device).eval()
 
-    def predict(self, model_input: np.ndarray) -> np.ndarray:
-        """Labels uint8 (i, j, k) of a raw case, float32 (modality, i, j, k), axes LPS."""
+    # MLflow's signature has a context, which by its docstring may be left out.
+    def predict(self, model_input: np.ndarray) -> np.ndarray:  # ty: ignore[incompatible-method-override]
+        """Labels, uint8 (i, j, k), of a raw case, float32 (modality, i, j, k), axes LPS."""
         return segment(self.network, self.config, model_input)
 
 

@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +22,19 @@ from raybrats.registry.tracking import Run, default_server, tracking_errors
 from raybrats.train import checkpoint
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-_NEEDS = ("torch", "monai", "numpy", "numba", "safetensors", "pydantic")
-"""What the packaged code imports."""
+_REQUIREMENTS = ("torch", "monai", "numpy", "numba", "safetensors", "pydantic")
+"""Packages that the registered model's code imports."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered model version."""
+    """One version of a registered model."""
 
     name: str
     version: str
+    """Its number, which MLflow keeps as text."""
     alias: str
+    """Champion or challenger; empty if a version registered earlier has lost its alias since."""
 
 
 def register(
@@ -45,35 +47,47 @@ def register(
     """Registers weights as a new version: champion if it beats the present one, else challenger.
 
     Versions are compared by mean region Dice, and only where they were scored on the same
-    held-out cases (`held_out`: a digest of them); otherwise the present champion stays. The same
-    weights of the same run are not registered twice.
+    held-out cases; otherwise the present champion stays. The same weights of the same run are not
+    registered twice.
+
+    Args:
+        run: MLflow run that trained the weights.
+        config: its configuration, which is registered with the weights.
+        files: files of its checkpoint, of which the weights are used.
+        scores: Dice of each region, and their mean under `mean`.
+        held_out: digest of the cases that were scored.
 
     Raises:
         RegistrationError: the registry does not take it; the checkpoint stays in storage.
+
+    Example:
+        >>> best = checkpoint.best("s3://bucket/runs/one")  # doctest: +SKIP
+        >>> register(run, config, best.files, scores, held_out="0f3a")  # doctest: +SKIP
+        Version(name='raybrats', version='3', alias='champion')
     """
     name = config.tracking.model
     try:
         with tracking_errors(run.uri):
             client = MlflowClient(run.uri, registry_uri=run.uri)
             weights = hashlib.sha256(files[checkpoint.WEIGHTS]).hexdigest()
-            if (earlier := _registered(client, name, run, weights)) is not None:
+            if (earlier := _find_version(client, name, run, weights)) is not None:
                 return earlier
-            number = _log(run, config, files)
+            number = _upload(run, config, files)
             tags = {f"dice_{region}": f"{value:.6f}" for region, value in scores.items()}
             tags |= {"held_out": held_out, "recipe": config.recipe}
             for key, value in tags.items():
                 client.set_model_version_tag(name, number, key, value)
-            alias = _alias(client, name, scores["mean"], held_out)
+            alias = _choose_alias(client, name, scores["mean"], held_out)
             client.set_registered_model_alias(name, alias, number)
-            # Last, for it says that all of this is done: a later attempt looks for it.
+            # This tag comes last: a later attempt takes it for the sign that all of this is done.
             client.set_model_version_tag(name, number, "weights_sha256", weights)
     except TrackingError as error:
         raise RegistrationError(f"trained, but not registered: {error}") from error
     return Version(name, number, alias)
 
 
-def _log(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
-    """Uploads the model and makes it a version; its number."""
+def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
+    """Uploads the model, makes it a version and returns its number."""
     shape = (len(config.data.modalities), -1, -1, -1)
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), shape)]),
@@ -95,7 +109,11 @@ def _log(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"weights": str(weights), "config": str(settings)},
             code_paths=[str(Path(raybrats.__file__).parent)],
-            pip_requirements=[f"{p}=={importlib.metadata.version(p)}" for p in _pinned(_NEEDS)],
+            pip_requirements=[
+                f"{package}=={importlib.metadata.version(package)}"
+                for package in _REQUIREMENTS
+                if importlib.util.find_spec(package)
+            ],
             signature=signature,
             metadata={
                 "modalities": list(config.data.modalities),
@@ -106,8 +124,8 @@ def _log(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
     return str(info.registered_model_version)
 
 
-def _registered(client: MlflowClient, name: str, run: Run, weights: str) -> Version | None:
-    """The version that these weights of this run already have."""
+def _find_version(client: MlflowClient, name: str, run: Run, weights: str) -> Version | None:
+    """The version that weights of this digest and this run already have, if any."""
     for found in client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'"):
         if found.tags.get("weights_sha256") == weights:
             # A search leaves the aliases out (MLflow 3.17), so the version is asked for itself.
@@ -116,11 +134,8 @@ def _registered(client: MlflowClient, name: str, run: Run, weights: str) -> Vers
     return None
 
 
-def _pinned(names: Sequence[str]) -> list[str]:
-    return [name for name in names if importlib.util.find_spec(name)]
-
-
-def _alias(client: MlflowClient, name: str, score: float, held_out: str) -> str:
+def _choose_alias(client: MlflowClient, name: str, score: float, held_out: str) -> str:
+    """Champion if there is none, or if the score beats its own on the same cases."""
     aliases = client.get_registered_model(name).aliases
     if CHAMPION not in aliases:
         return CHAMPION

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from raybrats import storage
@@ -12,7 +13,7 @@ from raybrats.errors import MissingObjectError
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A value of a metric."""
+    """One value of a metric."""
 
     key: str
     value: float
@@ -22,10 +23,15 @@ class Row:
 
 
 def read(uri: str) -> list[Row] | None:
-    """The rows in a spool, without damaged lines; None if there is no spool.
+    """Rows of a spool, without damaged lines; None if there is no spool.
 
     Raises:
         StorageError: the spool is out of reach.
+
+    Example:
+        >>> write("metrics.jsonl", [Row("train/loss", 0.7, 1767225600000, 1)])
+        >>> read("metrics.jsonl")
+        [Row(key='train/loss', value=0.7, timestamp=1767225600000, step=1)]
     """
     try:
         lines = storage.read_bytes(uri).splitlines()
@@ -42,20 +48,37 @@ def read(uri: str) -> list[Row] | None:
 
 
 def write(uri: str, rows: Sequence[Row]) -> None:
-    """Puts the rows in the place of what the spool held."""
+    """Replaces what the spool holds by these rows.
+
+    Raises:
+        StorageError: it cannot be written, or is out of reach.
+
+    Example:
+        >>> write("metrics.jsonl", [Row("train/loss", 0.7, 1767225600000, 1)])
+        >>> print(storage.read_bytes("metrics.jsonl").decode().rstrip())
+        {"key": "train/loss", "value": 0.7, "timestamp": 1767225600000, "step": 1}
+    """
     text = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
     storage.write_bytes(uri, text.encode())
 
 
 def remove(uri: str) -> None:
-    """Does away with the spool, if there is one."""
-    try:
+    """Removes the spool, if there is one.
+
+    Raises:
+        StorageError: the spool is out of reach.
+
+    Example:
+        >>> remove("metrics.jsonl")
+        >>> read("metrics.jsonl") is None
+        True
+    """
+    with suppress(MissingObjectError):
         storage.delete(uri)
-    except MissingObjectError:
-        return
 
 
 def _row(line: bytes) -> Row:
+    """The row that a line holds."""
     found = json.loads(line)
     key = found["key"]
     if not re.fullmatch(r"[\w./: -]+", key):  # a name that MLflow refuses, and all rows with it

@@ -255,15 +255,15 @@ def test_the_rows_of_a_worker_killed_while_the_server_is_away_arrive_once(
 
 @server
 @faults
-def test_what_has_settled_survives_a_kill(through, line, spool_uri):
+def test_what_was_flushed_survives_a_kill(through, line, spool_uri):
     log = MetricLog(through, spool_uri)
     log_steps(log, [1, 2])
     until(lambda: log.unsent == 0)
-    log.settle()
+    log.flush()
     assert not storage.exists(spool_uri)
     line.become("cut")
     log_steps(log, [3, 4])
-    log.settle()
+    log.flush()
     assert [row.step for row in spool.read(spool_uri)] == [3, 3, 4, 4]
     log.close(timeout_s=0)
 

@@ -26,6 +26,7 @@ from raybrats.phantom.phantom import make_phantom
 from raybrats.registry import load, tracking
 from raybrats.registry import register as registering
 from raybrats.registry.tracking import Run
+from raybrats.train import checkpoint
 
 SHAPE = (28, 24, 20)
 
@@ -54,7 +55,7 @@ def register(config, mean, held_out="cases-1", model=None, seed=0):
     config = replace(config, tracking=replace(config.tracking, model=model or "packaged"))
     run = tracking.start(config)
     scores = {"WT": mean, "TC": mean, "ET": mean, "mean": mean}
-    files = {"weights.safetensors": save(weights_of(network(seed)))}
+    files = {checkpoint.WEIGHTS: save(weights_of(network(seed)))}
     return run, registering.register(run, config, files, scores, held_out)
 
 
@@ -159,7 +160,7 @@ def test_a_dead_server_is_an_error_in_one_line():
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1") as refusal:
         load.resolve("models:/packaged@champion", uri)
     assert "\n" not in str(refusal.value)
-    files = {"weights.safetensors": save(weights_of(network()))}
+    files = {checkpoint.WEIGHTS: save(weights_of(network()))}
     with pytest.raises(RegistrationError, match="trained, but not registered") as refusal:
         registering.register(Run(uri, "0" * 32), TrainConfig(), files, {"mean": 0.5}, "cases-1")
     assert "\n" not in str(refusal.value)
