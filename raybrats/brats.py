@@ -18,11 +18,13 @@ NCR, ED, ET = 1, 2, 3
 """Labels inside raybrats (those of BraTS 2023): necrotic core, oedema, enhancing tumour."""
 
 LABEL_NAMES = ("NCR", "ED", "ET")
+"""Names of the labels, in the order of their values."""
 
 REGIONS: tuple[Region, ...] = ("WT", "TC", "ET")
 """Nested evaluation regions, outermost first; order of the region axis everywhere."""
 
 REGION_LABELS = MappingProxyType({"WT": (NCR, ED, ET), "TC": (NCR, ET), "ET": (ET,)})
+"""Labels that make up each region."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Edition:
     suffixes: tuple[str, str, str, str]
     """File name endings of the modalities, in the order of `MODALITIES`."""
     separator: str
-    """Between the case id and the ending."""
+    """What stands between the case id and the ending."""
     label_values: tuple[int, int, int]
     """Values of NCR, ED and ET in the label files."""
     case_id: str

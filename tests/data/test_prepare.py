@@ -17,7 +17,7 @@ from raybrats.errors import DataError
 from raybrats.phantom.phantom import make_phantom
 
 SHAPE = (24, 24, 20)
-GRID = Grid(SHAPE, np.diag([-1.0, -1.0, 1.0, 1.0]), known=True)
+GRID = Grid(SHAPE, np.diag([-1.0, -1.0, 1.0, 1.0]), oriented=True)
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +25,22 @@ def phantom() -> tuple[np.ndarray, np.ndarray]:
     return make_phantom(0, shape=SHAPE)
 
 
+def flat(prepared: Prepared) -> dict[str, object]:
+    """Its fields and those of its scaling."""
+    fields = {**vars(prepared), **vars(prepared.scaling)}
+    del fields["scaling"]
+    return fields
+
+
 def inside(prepared: Prepared) -> np.ndarray:
     """The brain, as the device sees it."""
-    return (prepared.image != prepared.background[:, None, None, None]).any(axis=0)
+    return (prepared.image != prepared.scaling.background[:, None, None, None]).any(axis=0)
 
 
 def network_input(prepared: Prepared) -> np.ndarray:
-    gain, bias, low, high = (
-        v[:, None, None, None] for v in (prepared.gain, prepared.bias, prepared.low, prepared.high)
-    )
-    return np.where(inside(prepared), gain * prepared.image.clip(low, high) + bias, 0)
+    each = prepared.scaling.map(lambda numbers: numbers[:, None, None, None])
+    scaled = each.gain * prepared.image.clip(each.low, each.high) + each.bias
+    return np.where(inside(prepared), scaled, 0)
 
 
 def zscore(image: np.ndarray, brain: np.ndarray) -> np.ndarray:
@@ -51,7 +57,7 @@ def test_whole_numbers_are_kept_in_the_smallest_box(phantom):
     assert prepared.image.dtype == np.int16
     assert np.array_equal(prepared.image, image[:, *prepared.box])
     assert np.array_equal(prepared.labels, labels[prepared.box])
-    assert prepared.background.tolist() == [0, 0, 0, 0]
+    assert prepared.scaling.background.tolist() == [0, 0, 0, 0]
     assert brain.sum() == inside(prepared).sum() == brain[prepared.box].sum()
     for axis in range(3):
         faces = np.moveaxis(inside(prepared), axis, 0)[[0, -1]]
@@ -98,12 +104,12 @@ def test_percentiles_are_voxels_as_numpys_inverted_cdf(brain, ends):
     image = np.pad(brain, 1)
     prepared = prepare([image], normalisation="percentile", percentiles=ends)
     low, high = np.percentile(brain, ends, method="inverted_cdf")
-    assert (prepared.low[0], prepared.high[0]) == (low, high)
+    assert (prepared.scaling.low[0], prepared.scaling.high[0]) == (low, high)
     if low < high:
         scaled = (brain.clip(low, high).astype(float) - low) / (float(high) - low)
         assert np.allclose(network_input(prepared)[0], scaled, atol=1e-2 / (float(high) - low))
     else:
-        assert (prepared.gain[0], prepared.bias[0]) == (0, 0)
+        assert (prepared.scaling.gain[0], prepared.scaling.bias[0]) == (0, 0)
 
 
 def test_percentile_is_from_zero_to_one_between_its_ends(phantom):
@@ -111,7 +117,10 @@ def test_percentile_is_from_zero_to_one_between_its_ends(phantom):
     prepared = prepare(list(image), normalisation="percentile", percentiles=(2, 98))
     brain = (image != 0).any(axis=0)
     low, high = np.percentile(image[:, brain], (2, 98), axis=1, method="inverted_cdf")
-    assert (prepared.low.tolist(), prepared.high.tolist()) == (low.tolist(), high.tolist())
+    assert (prepared.scaling.low.tolist(), prepared.scaling.high.tolist()) == (
+        low.tolist(),
+        high.tolist(),
+    )
     low, high = low[:, None, None, None], high[:, None, None, None]
     expected = np.where(brain, (image.clip(low, high) - low) / (high - low), 0)
     assert np.allclose(network_input(prepared), expected[:, *prepared.box], atol=1e-5)
@@ -122,8 +131,8 @@ def test_percentile_is_from_zero_to_one_between_its_ends(phantom):
 @pytest.mark.parametrize("normalisation", ["zscore", "minmax"])
 def test_nothing_is_clipped_by_the_other_normalisations(phantom, normalisation: str):
     prepared = prepare(list(phantom[0]), normalisation=normalisation)
-    assert set(prepared.low.tolist()) == {-32768}
-    assert set(prepared.high.tolist()) == {32767}
+    assert set(prepared.scaling.low.tolist()) == {-32768}
+    assert set(prepared.scaling.high.tolist()) == {32767}
 
 
 @pytest.mark.parametrize("normalisation", ["zscore", "minmax", "percentile"])
@@ -134,12 +143,12 @@ def test_a_box_that_is_known_gives_the_case_that_looking_for_it_gives(
     modalities = list(phantom[0] + np.asarray(background))
     looked = prepare(modalities, phantom[1], normalisation)
     known = prepare(modalities, phantom[1], normalisation, box=looked.box)
-    for name, value in vars(looked).items():
-        assert np.array_equal(getattr(known, name), value), name
+    for name, value in flat(looked).items():
+        assert np.array_equal(flat(known)[name], value), name
     wider = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in looked.box)
     roomy = prepare(modalities, phantom[1], normalisation, box=wider)
-    for name in ("gain", "bias", "low", "high", "background"):
-        assert np.array_equal(getattr(roomy, name), getattr(looked, name)), name
+    for name, value in vars(looked.scaling).items():
+        assert np.array_equal(getattr(roomy.scaling, name), value), name
     assert (roomy.box, roomy.counts[1:].tolist()) == (wider, looked.counts[1:].tolist())
 
 
@@ -158,7 +167,9 @@ def test_tumour_outside_the_brain_is_kept_in_the_box():
     assert prepared.counts.tolist() == [397, 1, 1, 1]
     bare = prepare([image])
     assert bare.box == (slice(8, 12),) * 3
-    assert np.array_equal([prepared.gain, prepared.bias], [bare.gain, bare.bias])
+    assert np.array_equal(
+        [prepared.scaling.gain, prepared.scaling.bias], [bare.scaling.gain, bare.scaling.bias]
+    )
 
 
 @given(
@@ -264,12 +275,12 @@ def test_floats_are_kept_within_one_step(seed, level, spread, background, full, 
     near = 2 * low - high <= outside <= 2 * high - low
     if near:
         step = (max(high, outside) - min(low, outside)) / 65_532
-    middle = outside - int(prepared.background[0]) * step if near else (low + high) / 2
+    middle = outside - int(prepared.scaling.background[0]) * step if near else (low + high) / 2
     brain = brain[prepared.box]
     apart = np.abs(stored * step + middle - crop)[brain]
     assert apart.max() <= 1.01 * step + 1e-9 * abs(middle)
     assert np.sort(apart)[:-5].max(initial=0) <= 0.51 * step + 1e-9 * abs(middle)
-    assert ((stored == prepared.background[0]) == ~brain).all()
+    assert ((stored == prepared.scaling.background[0]) == ~brain).all()
     stored, crop = stored[brain], crop[brain]
     order = np.argsort(crop.ravel())
     assert all(a <= b for a, b in pairwise(stored.ravel()[order]))
@@ -281,7 +292,7 @@ def test_whole_numbers_of_any_type_are_exact(dtype: type):
     image[5:9, 5:9, 5:9] = np.arange(64).reshape(4, 4, 4) * 3 + 1
     prepared = prepare([image])
     assert np.array_equal(prepared.image[0], image[prepared.box])
-    assert prepared.background.tolist() == [0]
+    assert prepared.scaling.background.tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -312,11 +323,11 @@ def test_a_constant_modality_becomes_zero(phantom, value: float, normalisation: 
     brain = (image != 0).any(axis=0)
     flat = np.where(brain, np.float32(value), np.float32(0))
     prepared = prepare([*image[:3], flat], normalisation=normalisation)
-    assert (prepared.gain[3], prepared.bias[3]) == (0, 0)
+    assert (prepared.scaling.gain[3], prepared.scaling.bias[3]) == (0, 0)
     assert not network_input(prepared)[3].any()
-    assert np.isfinite(prepared.gain).all()
+    assert np.isfinite(prepared.scaling.gain).all()
     empty = prepare([*image[:3], np.zeros(SHAPE, np.int16)], normalisation=normalisation)
-    assert (empty.gain[3], empty.bias[3]) == (0, 0)
+    assert (empty.scaling.gain[3], empty.scaling.bias[3]) == (0, 0)
     assert empty.box == prepared.box
 
 
@@ -325,7 +336,7 @@ def test_a_constant_modality_becomes_zero_however_many_voxels_it_has(value: int)
     flat = np.full((209, 207, 208), value, np.int16)
     flat[0, 0, 0] = 0  # else the value is the background; an odd number of voxels is left
     prepared = prepare([flat])
-    assert (prepared.gain[0], prepared.bias[0]) == (0, 0)
+    assert (prepared.scaling.gain[0], prepared.scaling.bias[0]) == (0, 0)
 
 
 def test_a_case_without_brain_is_refused():

@@ -104,7 +104,7 @@ def open_case(case: Case, modalities: Sequence[str] = MODALITIES, *, labels: boo
         StorageError: a file is out of reach, or not the bytes that were indexed.
     """
     opened = open_files(case, modalities, labels=labels)
-    if opened.grid.known or (labels and set(modalities) >= set(MODALITIES)):
+    if opened.grid.oriented or (labels and set(modalities) >= set(MODALITIES)):
         return opened
     every = open_files(case, (*modalities, *MODALITIES))
     volumes = every.volumes[: len(modalities)]
@@ -230,6 +230,6 @@ class _Modalities(Sequence[np.ndarray]):
 def _alone(case: Case, modality: str | None) -> Opened:
     """The file of a modality, or of the labels where none is named."""
     opened = open_files(case, (modality,) if modality else (), labels=not modality)
-    if not opened.grid.known:
+    if not opened.grid.oriented:
         raise _Unoriented
     return opened

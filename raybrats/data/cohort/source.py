@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from raybrats import storage
-from raybrats.data.nifti.volume import Volume, decode, joined
+from raybrats.data.nifti.volume import Volume, decode, join_pair
 from raybrats.errors import ChangedObjectError
 
 
@@ -36,7 +36,7 @@ class Source:
         name = storage.name(self.uri)
         if len(self.parts) == 1:
             return decode(self.parts[0], name)
-        return decode(joined((self.parts[0], self.parts[1]), name), name)
+        return decode(join_pair((self.parts[0], self.parts[1]), name), name)
 
 
 def read(uri: str, *, size: int | None = None, digest: str | None = None) -> Source:

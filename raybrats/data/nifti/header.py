@@ -10,30 +10,31 @@ from functools import lru_cache
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
+from nibabel.spatialimages import HeaderDataError
 
 from raybrats.errors import DataError
 
 MAX_EDGE_VOXELS = 1024
-"""Longest axis that is believed; BraTS has 240, whole-head research scans up to 512."""
+"""Longest axis that is accepted; BraTS has 240, whole-head research scans up to 512."""
 MAX_VOXELS = 512**3
-"""Most that is believed: a whole-head scan of 512 voxels an edge; 4-D BraTS has 36 million."""
+"""Voxels that are accepted: a whole-head scan of 512 voxels an edge; 4-D BraTS has 36 million."""
 MAX_BYTES = 544
-"""Enough for NIfTI-1 (348) and NIfTI-2 (540)."""
+"""Bytes that hold any header: NIfTI-1 has 348, NIfTI-2 540."""
 _MAX_OFFSET = 2**24
-"""Bytes before the voxels that are believed; the longest header extension seen ends at 4576."""
+"""Bytes before the voxels that are accepted; the longest header extension seen ends at 4576."""
 _DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "float64")
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a file's voxels lie: what a prediction needs to be written back as."""
+    """Where a file's voxels lie in space; predictions are written back onto it."""
 
     shape: tuple[int, int, int]
     affine: np.ndarray
     """(4, 4), voxel to mm, RAS+."""
-    known: bool
-    """Whether the file says its orientation (an sform or a qform)."""
+    oriented: bool
+    """Whether the file states its orientation (an sform or a qform)."""
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -44,12 +45,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says of its voxels; value = slope * voxel + intercept."""
+    """The voxels as a header describes them; value = slope * voxel + intercept."""
 
     shape: tuple[int, ...]
     """(i, j, k), or (i, j, k, channel)."""
     dtype: np.dtype
-    """In the file's byte order."""
+    """Type of the voxels, in the file's byte order."""
     offset: int
     """Bytes before the voxels."""
     slope: float
@@ -58,7 +59,7 @@ class Header:
 
     @property
     def num_bytes(self) -> int:
-        """Of the file, up to the last voxel."""
+        """Bytes of the file, up to the last voxel."""
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -66,7 +67,13 @@ def parse(start: bytes, name: str) -> Header:
     """The header at the start of a .nii file.
 
     Raises:
-        DataError: it is none, or breaks a rule.
+        DataError: it is not a NIfTI header, or breaks a rule.
+
+    Example:
+        >>> image = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))
+        >>> header = parse(image.to_bytes(), "t1.nii")
+        >>> header.shape, header.dtype.name, header.offset
+        ((4, 5, 6), 'int16', 352)
     """
     raw = _raw(start, name)
     shape = _shape(raw, name)
@@ -79,7 +86,13 @@ def as_single(start: bytes, name: str) -> tuple[bytes, int]:
     """The header of a .hdr file as a .nii file starts, and the offset of its voxels in the .img.
 
     Raises:
-        DataError: it is none, or its offset breaks a rule.
+        DataError: it is not a NIfTI header, or its offset breaks a rule.
+
+    Example:
+        >>> pair = nib.Nifti1Pair(np.zeros((4, 5, 6), np.int16), np.eye(4))
+        >>> start, offset = as_single(pair.header.binaryblock, "t1.hdr")
+        >>> len(start), offset
+        (352, 0)
     """
     raw = _raw(start, name)
     offset = float(raw["vox_offset"])
@@ -121,7 +134,7 @@ def _dtype(raw: nib.Nifti1Header, name: str) -> np.dtype:
     try:
         dtype = raw.get_data_dtype()
         found = dtype.newbyteorder("=").name
-    except (nib.spatialimages.HeaderDataError, KeyError):
+    except (HeaderDataError, KeyError):
         found = f"code {int(raw['datatype'])}"
     if found not in _DTYPES:
         rule = f"expected one of {', '.join(_DTYPES)}; convert it"
@@ -156,10 +169,14 @@ def _scaling(raw: nib.Nifti1Header, name: str) -> tuple[float, float]:
 
 
 def orientation(affine: np.ndarray) -> np.ndarray:
-    """Nibabel's (axis, 2): where each axis of the file lies, and which way it runs.
+    """Nibabel's orientation (axis, 2): the axis of space next to each of the file's, and its sign.
 
     Raises:
-        LinAlgError: the matrix is none of space.
+        LinAlgError: the matrix is not finite.
+
+    Example:
+        >>> orientation(np.diag([-1.0, -1.0, 1.0, 1.0]))
+        array([[ 0., -1.], [ 1., -1.], [ 2., 1.]])
     """
     return _orientation(np.asarray(affine, np.float64).tobytes())
 
@@ -170,13 +187,13 @@ def _orientation(affine: bytes) -> np.ndarray:
 
 
 def _grid(raw: nib.Nifti1Header, shape: tuple[int, ...], name: str) -> Grid:
-    known = int(raw["sform_code"]) > 0 or int(raw["qform_code"]) > 0
+    oriented = int(raw["sform_code"]) > 0 or int(raw["qform_code"]) > 0
     try:
         affine = raw.get_best_affine()
         with np.errstate(all="ignore"):
-            usable = bool(np.isfinite(orientation(affine)).all())
-    except (ValueError, np.linalg.LinAlgError):  # a quaternion that is none, NaN
-        usable = False
-    if not usable:
+            invertible = bool(np.isfinite(orientation(affine)).all())
+    except (ValueError, np.linalg.LinAlgError):  # not a quaternion, NaN
+        invertible = False
+    if not invertible:
         raise DataError(f"{name}: its sform or qform is no orientation in space; repair the header")
-    return Grid((shape[0], shape[1], shape[2]), affine, known)
+    return Grid((shape[0], shape[1], shape[2]), affine, oriented)

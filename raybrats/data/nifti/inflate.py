@@ -10,23 +10,32 @@ from raybrats.data.nifti.memory import keep_freed
 from raybrats.errors import DataError
 
 _RATIO = 1032
-"""Bytes that one deflated byte can hold at most, by its format."""
+"""Bytes that one deflated byte can hold at most, by the format."""
 _SLACK = 2**20
-"""Bytes behind the voxels that are borne with."""
+"""Bytes behind the voxels that are tolerated."""
 _WINDOW = 2**16
 """Deflated bytes in which the header is looked for first."""
 
 
-def is_zipped(data: bytes) -> bool:
-    """Whether the bytes start as gzip does; names do not matter."""
+def is_gzip(data: bytes) -> bool:
+    """Whether the bytes start as gzip does; the file's name does not matter.
+
+    Example:
+        >>> is_gzip(gzip.compress(b"voxels")), is_gzip(b"voxels")
+        (True, False)
+    """
     return data[:2] == b"\x1f\x8b"
 
 
-def start(data: bytes, num_bytes: int, name: str) -> bytes:
-    """The first bytes inflated, fewer where there are no more.
+def inflate_start(data: bytes, num_bytes: int, name: str) -> bytes:
+    """The first `num_bytes` inflated, or fewer where there are no more.
 
     Raises:
-        DataError: damaged.
+        DataError: the gzip is damaged.
+
+    Example:
+        >>> inflate_start(gzip.compress(b"header and voxels"), 6, "t1.nii.gz")
+        b'header'
     """
     try:
         found = zlib.decompressobj(wbits=31).decompress(data[:_WINDOW], num_bytes)
@@ -43,10 +52,14 @@ def inflate(data: bytes, length: int, name: str) -> bytearray:
     """All bytes inflated, of which the header claims `length`; the buffer is the caller's own.
 
     Raises:
-        DataError: damaged, truncated, or of another length.
+        DataError: the gzip is damaged, truncated, or of another length.
+
+    Example:
+        >>> inflate(gzip.compress(b"voxels"), 6, "t1.nii.gz")
+        bytearray(b'voxels')
     """
     keep_freed()
-    claim = int.from_bytes(data[-4:], "little")  # of the last member
+    claim = int.from_bytes(data[-4:], "little")  # length of the last member
     if length <= claim <= min(length + _SLACK, _RATIO * len(data)):
         try:
             raw = deflate.gzip_decompress(data, claim)
@@ -59,7 +72,7 @@ def inflate(data: bytes, length: int, name: str) -> bytearray:
 
 
 def _members(data: bytes, length: int, name: str) -> bytearray:
-    """For files of several members (bgzip, pigz), and to name what is wrong with the others."""
+    """All bytes of a gzip of several members (bgzip, pigz), or an error that says what is wrong."""
     if length > _RATIO * len(data):
         raise DataError(
             f"{name}: {len(data)} bytes cannot hold the {length} that its header claims; "

@@ -14,10 +14,11 @@ from nibabel import orientations
 
 from raybrats.data.nifti import header
 from raybrats.data.nifti.header import Grid, Header
-from raybrats.data.nifti.inflate import inflate, is_zipped, start
-from raybrats.errors import DataError
+from raybrats.data.nifti.inflate import inflate, inflate_start, is_gzip
+from raybrats.errors import DataError, GridError
 
 CANONICAL = ("L", "P", "S")
+"""Ends of space to which i, j and k run."""
 _CANONICAL = orientations.axcodes2ornt(CANONICAL)
 
 
@@ -26,11 +27,11 @@ class Volume:
     """One file: voxels as stored, on canonical axes; value = slope * voxel + intercept."""
 
     voxels: np.ndarray
-    """(i, j, k), or (i, j, k, channel) of a 4-D file."""
+    """(i, j, k), or (i, j, k, channel) for a 4-D file."""
     slope: float
     intercept: float
     grid: Grid
-    """As in the file, before reorientation."""
+    """Grid of the file, before reorientation."""
 
     @property
     def values(self) -> np.ndarray:
@@ -48,39 +49,56 @@ def decode(data: bytes, name: str) -> Volume:
 
     Raises:
         DataError: not NIfTI, truncated, damaged (CRC or length), or a header that breaks a rule.
+
+    Example:
+        >>> image = nib.Nifti1Image(np.ones((4, 5, 6), np.int16), np.diag([-1, -1, 1, 1]))
+        >>> volume = decode(image.to_bytes(), "t1.nii")
+        >>> volume.voxels.shape, volume.grid.spacing
+        ((4, 5, 6), (1.0, 1.0, 1.0))
     """
-    zipped = is_zipped(data)
-    first = start(data, header.MAX_BYTES, name) if zipped else data[: header.MAX_BYTES]
-    said = header.parse(first, name)
-    raw = inflate(data, said.num_bytes, name) if zipped else data
-    if len(raw) < said.num_bytes:
-        needs = f"{len(raw)} bytes where its header needs {said.num_bytes}"
+    gzipped = is_gzip(data)
+    start = inflate_start(data, header.MAX_BYTES, name) if gzipped else data[: header.MAX_BYTES]
+    facts = header.parse(start, name)
+    raw = inflate(data, facts.num_bytes, name) if gzipped else data
+    if len(raw) < facts.num_bytes:
+        needs = f"{len(raw)} bytes where its header needs {facts.num_bytes}"
         raise DataError(f"{name}: {needs}; truncated: fetch it again")
-    flat = np.frombuffer(raw, said.dtype, math.prod(said.shape), said.offset)
-    voxels = flat.reshape(said.shape, order="F").astype(said.dtype.newbyteorder("="), copy=False)
+    flat = np.frombuffer(raw, facts.dtype, math.prod(facts.shape), facts.offset)
+    voxels = flat.reshape(facts.shape, order="F").astype(facts.dtype.newbyteorder("="), copy=False)
     voxels = np.require(voxels, requirements="A")  # an odd vox_offset
-    voxels.flags.writeable = False  # whether the bytes were zipped or not
-    _check_finite(voxels, said, name)
-    return Volume(to_canonical(voxels, said.grid), said.slope, said.intercept, said.grid)
+    voxels.flags.writeable = False  # whether the bytes were gzipped or not
+    _check_finite(voxels, facts, name)
+    return Volume(to_canonical(voxels, facts.grid), facts.slope, facts.intercept, facts.grid)
 
 
-def joined(pair: tuple[bytes, bytes], name: str) -> bytes:
-    """The .nii file that a .hdr and its .img, zipped or not, make together; extensions are left.
+def join_pair(pair: tuple[bytes, bytes], name: str) -> bytes:
+    """The .nii file that a .hdr and its .img, each gzipped or not, make; extensions are dropped.
 
     Raises:
         DataError: the header breaks a rule, or a part is damaged.
+
+    Example:
+        >>> pair = nib.Nifti1Pair(np.zeros((4, 5, 6), np.int16), np.eye(4))
+        >>> len(join_pair((pair.header.binaryblock, bytes(240)), "t1.hdr"))
+        592
     """
-    first, image = pair
-    if is_zipped(first):
-        first = start(first, header.MAX_BYTES, name)
-    plain, offset = header.as_single(first, name)
+    start, image = pair
+    if is_gzip(start):
+        start = inflate_start(start, header.MAX_BYTES, name)
+    plain, offset = header.as_single(start, name)
     needed = offset + header.parse(plain, name).num_bytes - len(plain)
-    body = inflate(image, needed, name) if is_zipped(image) else image
+    body = inflate(image, needed, name) if is_gzip(image) else image
     return plain + body[offset:needed]
 
 
 def encode_labels(labels: np.ndarray, grid: Grid) -> bytes:
-    """A .nii.gz of canonical labels (i, j, k) in the file's own grid; a fresh, anonymous header."""
+    """A .nii.gz of canonical labels (i, j, k) in the file's own grid; a fresh, anonymous header.
+
+    Example:
+        >>> grid = Grid((4, 5, 6), np.eye(4), oriented=True)
+        >>> decode(encode_labels(np.ones((4, 5, 6), np.uint8), grid), "seg.nii.gz").voxels.shape
+        (4, 5, 6)
+    """
     stored = from_canonical(labels, grid)
     image = nib.Nifti1Image(np.asarray(stored, np.uint8), grid.affine)
     image.header.set_xyzt_units("mm")
@@ -88,82 +106,106 @@ def encode_labels(labels: np.ndarray, grid: Grid) -> bytes:
 
 
 def to_canonical(voxels: np.ndarray, grid: Grid) -> np.ndarray:
-    """A view of file voxels with its first three axes canonical."""
-    return orientations.apply_orientation(voxels, _turn(grid))
+    """A view of the file's voxels with the first three axes canonical.
+
+    Example:
+        >>> voxels = np.arange(3).reshape(3, 1, 1)
+        >>> to_canonical(voxels, Grid((3, 1, 1), np.eye(4), oriented=True)).ravel()
+        array([2, 1, 0])
+    """
+    return orientations.apply_orientation(voxels, _reorientation(grid))
 
 
 def from_canonical(voxels: np.ndarray, grid: Grid) -> np.ndarray:
-    """The inverse of `to_canonical`: canonical voxels in the file's own axes."""
-    turn = _turn(grid)
-    back = turn[np.argsort(turn[:, 0])].copy()
-    back[:, 0] = np.argsort(turn[:, 0])
+    """The inverse of `to_canonical`: canonical voxels in the file's own axes.
+
+    Example:
+        >>> grid = Grid((3, 1, 1), np.eye(4), oriented=True)
+        >>> from_canonical(to_canonical(np.arange(3).reshape(3, 1, 1), grid), grid).ravel()
+        array([0, 1, 2])
+    """
+    there = _reorientation(grid)
+    order = np.argsort(there[:, 0])
+    back = there[order]
+    back[:, 0] = order
     return orientations.apply_orientation(voxels, back)
 
 
 def on_one_grid(case_id: str, names: Sequence[str], volumes: Sequence[Volume]) -> list[Volume]:
     """The volumes of one case, checked to lie on one grid once their axes are canonical.
 
-    A file that does not know its orientation takes that of the others.
+    A file that does not state its orientation takes that of the others.
 
     Raises:
-        DataError: they differ in shape, or lie more than 0.01 mm apart.
+        GridError: they differ in shape, or lie more than 0.01 mm apart.
+
+    Example:
+        >>> image = nib.Nifti1Image(np.ones((4, 5, 6), np.int16), np.eye(4))
+        >>> volume = decode(image.to_bytes(), "t1.nii")
+        >>> len(on_one_grid("BraTS20_001", ["t1.nii", "t2.nii"], [volume, volume]))
+        2
     """
-    first = next((v.grid for v in volumes if v.grid.known), volumes[0].grid)
-    laid = [v if v.grid.known else _laid(v, first) for v in volumes]
-    for volume, name in zip(laid, names, strict=True):
+    first = next((v.grid for v in volumes if v.grid.oriented), volumes[0].grid)
+    placed = [v if v.grid.oriented else _placed(v, first) for v in volumes]
+    for volume, name in zip(placed, names, strict=True):
         shape, wanted = volume.voxels.shape[:3], _canonical_shape(first)
         if shape != wanted:
             shapes = f"{shape} and {wanted}"
-            raise DataError(f"{case_id}: {name} differs in shape from the others: {shapes}")
+            raise GridError(f"{case_id}: {name} differs in shape from the others: {shapes}")
         apart = float(np.abs(_canonical_affine(volume.grid) - _canonical_affine(first)).max())
         if apart > 1e-2:
-            raise DataError(f"{case_id}: {name} lies elsewhere (affine {apart:.3g} off)")
-    return laid
+            raise GridError(f"{case_id}: {name} lies elsewhere (affine {apart:.3g} off)")
+    return placed
+
+
+def canonical_spacing(grid: Grid) -> tuple[float, float, float]:
+    """Edge lengths of a voxel in mm along the canonical axes.
+
+    Example:
+        >>> sagittal = np.array([[0, 0, 5.0, 0], [1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1]])
+        >>> canonical_spacing(Grid((256, 256, 30), sagittal, oriented=True))
+        (5.0, 1.0, 1.0)
+    """
+    i, j, k = (grid.spacing[axis] for axis in np.argsort(_reorientation(grid)[:, 0]))
+    return i, j, k
 
 
 def _canonical_shape(grid: Grid) -> tuple[int, int, int]:
-    i, j, k = (grid.shape[axis] for axis in np.argsort(_turn(grid)[:, 0]))
+    i, j, k = (grid.shape[axis] for axis in np.argsort(_reorientation(grid)[:, 0]))
     return i, j, k
 
 
 def _canonical_affine(grid: Grid) -> np.ndarray:
-    return grid.affine @ orientations.inv_ornt_aff(_turn(grid), grid.shape)
+    return grid.affine @ orientations.inv_ornt_aff(_reorientation(grid), grid.shape)
 
 
-def _laid(volume: Volume, grid: Grid) -> Volume:
+def _placed(volume: Volume, grid: Grid) -> Volume:
     """The volume with its file's voxels taken to lie on another file's grid."""
     stored = from_canonical(volume.voxels, volume.grid)
     own = replace(grid, shape=volume.grid.shape)
     return replace(volume, voxels=to_canonical(stored, own), grid=own)
 
 
-def canonical_spacing(grid: Grid) -> tuple[float, float, float]:
-    """Edge lengths in mm along the canonical axes."""
-    order = np.argsort(_turn(grid)[:, 0])
-    i, j, k = (grid.spacing[axis] for axis in order)
-    return i, j, k
-
-
-def _turn(grid: Grid) -> np.ndarray:
+def _reorientation(grid: Grid) -> np.ndarray:
     own = header.orientation(grid.affine)
     return orientations.ornt_transform(own, _CANONICAL)
 
 
-def _check_finite(voxels: np.ndarray, said: Header, name: str) -> None:
-    """Refuses what is no number in float32, as stored or scaled; most types need no pass for it."""
+def _check_finite(voxels: np.ndarray, facts: Header, name: str) -> None:
+    """Refuses voxels that float32 does not hold, as stored or scaled; most types need no pass."""
     kind = voxels.dtype.kind
     if kind == "f" and not np.isfinite(voxels).all():
         bad = int(np.size(voxels) - np.isfinite(voxels).sum())
         raise DataError(f"{name}: {bad} voxels are NaN or infinite; repair the file")
     possible = np.finfo(voxels.dtype) if kind == "f" else np.iinfo(voxels.dtype)
-    if _fits(said, float(possible.min), float(possible.max)):
+    if _fits(facts, float(possible.min), float(possible.max)):
         return
-    if not _fits(said, float(voxels.min()), float(voxels.max())):
-        scaling = f"scl_slope {said.slope:g} and scl_inter {said.intercept:g}"
+    if not _fits(facts, float(voxels.min()), float(voxels.max())):
+        scaling = f"scl_slope {facts.slope:g} and scl_inter {facts.intercept:g}"
         raise DataError(f"{name}: {scaling} make voxels infinite; repair the header")
 
 
-def _fits(said: Header, low: float, high: float) -> bool:
-    """Whether float32 holds these voxels scaled."""
-    largest = max(abs(said.slope * end + said.intercept) for end in (low, high))
+def _fits(facts: Header, low: float, high: float) -> bool:
+    """Whether float32 holds voxels from `low` to `high` once they are scaled."""
+    largest = max(abs(facts.slope * end + facts.intercept) for end in (low, high))
     return largest <= float(np.finfo(np.float32).max)

@@ -68,7 +68,7 @@ def test_every_orientation_is_read_as_lps_and_written_back(codes: str):
 @settings(max_examples=60)
 def test_labels_written_are_labels_read(codes, shape, tilt, seed):
     affine = axes_affine(codes, (0.9, 1.0, 3.0), tilt)
-    grid = Grid(shape, affine, known=True)
+    grid = Grid(shape, affine, oriented=True)
     stored = np.random.default_rng(seed).integers(0, 5, shape).astype(np.uint8)
     labels = to_canonical(stored, grid)
     assert np.array_equal(from_canonical(labels, grid), stored)
@@ -77,7 +77,7 @@ def test_labels_written_are_labels_read(codes, shape, tilt, seed):
     assert np.array_equal(again.voxels, labels)
     assert again.voxels.dtype == np.uint8
     assert again.grid.shape == shape
-    assert again.grid.known
+    assert again.grid.oriented
     assert np.allclose(again.grid.affine, affine, atol=1e-5)
     image = nib.Nifti1Image.from_bytes(gzip.decompress(data))
     assert np.array_equal(np.asarray(image.dataobj), stored)
@@ -141,9 +141,9 @@ def test_a_fourth_axis_is_kept_unless_it_is_one_long():
 
 def test_a_file_says_whether_it_knows_its_orientation():
     plain = nifti(VOXELS)
-    assert decode(plain, "x").grid.known
-    assert decode(with_fields(plain, sform_code=0, qform_code=1), "x").grid.known
-    assert not decode(with_fields(plain, sform_code=0, qform_code=0), "x").grid.known
+    assert decode(plain, "x").grid.oriented
+    assert decode(with_fields(plain, sform_code=0, qform_code=1), "x").grid.oriented
+    assert not decode(with_fields(plain, sform_code=0, qform_code=0), "x").grid.oriented
 
 
 @pytest.mark.parametrize("cuts", [[2000], [600, 601, 4000], [0, 700]])
