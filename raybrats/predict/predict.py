@@ -1,4 +1,4 @@
-"""A registered model over a cohort: label NIfTIs in each case's own grid, affine and labels."""
+"""A registered model over a cohort -> label NIfTIs in each case's own grid and label values."""
 
 import json
 import math
@@ -18,32 +18,52 @@ from raybrats.data.nifti.volume import encode_labels
 from raybrats.errors import DataError, MissingObjectError, RaybratsError, UsageError
 from raybrats.progress import Display
 from raybrats.registry import load, tracking
+from raybrats.table import table
 
 RECORD = "predictions.json"
-"""Beside the predictions: the model that made them."""
+"""Name of the file beside the predictions that says which model made them."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of the cases."""
+class Predicted:
+    """Counts of the cases that a model has segmented, and those that it could not.
+
+    Example:
+        >>> print(Predicted("models:/raybrats/3", 12, 9, 2, ({"case_id": "a", "reason": "torn"},)))
+        model               cases  written  skipped  failed
+        models:/raybrats/3     12        9        2       1
+        <BLANKLINE>
+        failed  reason
+        a       torn
+    """
 
     model: str
+    """`models:/name/version`."""
     cases: int
     written: int
     skipped: int
-    """Already there, from the same model."""
+    """Number of predictions that were already there, from the same model."""
     failed: tuple[Mapping[str, str], ...]
-    """{case_id, reason}."""
+    """{case_id, reason} of each case without a prediction."""
+
+    def __str__(self) -> str:
+        counts = (self.model, self.cases, self.written, self.skipped, len(self.failed))
+        text = table(("model", "cases", "written", "skipped", "failed"), [counts])
+        if not self.failed:
+            return text
+        rows = [(failure["case_id"], failure["reason"]) for failure in self.failed]
+        return f"{text}\n\n{table(('failed', 'reason'), rows)}"
 
 
 @dataclass(frozen=True)
-class Task:
-    """What every predicting worker is told."""
+class Settings:
+    """Settings that all predicting workers share."""
 
     model: str
     tracking_uri: str
     out_uri: str
     threads: int
+    """Threads that torch may use in each worker."""
 
 
 def predict(
@@ -53,20 +73,25 @@ def predict(
     *,
     fold: int | None = None,
     tracking_uri: str | None = None,
-) -> Outcome:
+) -> Predicted:
     """Segments every case of a cohort file or tree; run again, it goes on where it stopped.
 
     Args:
         model_uri: `models:/name@alias` or `models:/name/version`.
-        cohort_uri: cases; only those of `fold` where one is given.
+        cohort_uri: cohort file, or tree of cases.
         out_uri: folder for `<case_id>.nii.gz`.
-        fold: cross-validation fold.
+        fold: cross-validation fold whose cases are segmented; all cases where not given.
         tracking_uri: MLflow server; `tracking.default_uri()` where not given.
 
     Raises:
         TrackingError: there is no such model.
         UsageError: the folder holds predictions of another model.
         DataError: there is no case.
+
+    Example:
+        >>> print(predict("models:/raybrats@champion", "cohort.parquet", "out"))  # doctest: +SKIP
+        model               cases  written  skipped  failed
+        models:/raybrats/3     12       12        0       0
     """
     cluster.connect()
     tracking_uri = tracking_uri or tracking.default_uri()
@@ -75,23 +100,34 @@ def predict(
     if not cases:
         raise DataError(f"{cohort_uri}: no case in fold {fold}")
     out_uri = storage.absolute(out_uri)
-    _claim(out_uri, model)
+    _record_model(out_uri, model)
     there = {storage.name(uri) for uri in storage.list_objects(out_uri)}
     bad = [{"case_id": c.case_id, "reason": c.reason} for c in cases if c.status == BAD]
     good = [c for c in cases if c.status != BAD]
     todo = [c for c in good if file_name(c) not in there]
-    failed = bad + (_run(todo, model, tracking_uri, out_uri) if todo else [])
-    written = len(todo) - (len(failed) - len(bad))
-    return Outcome(model, len(cases), written, len(good) - len(todo), tuple(failed))
+    failed = _segment_all(todo, model, tracking_uri, out_uri) if todo else []
+    skipped, written = len(good) - len(todo), len(todo) - len(failed)
+    return Predicted(model, len(cases), written, skipped, (*bad, *failed))
 
 
 def file_name(case: Case) -> str:
-    """Name of a case's prediction."""
+    """File name of a case's prediction.
+
+    Example:
+        >>> from raybrats.phantom.phantom import write_phantoms
+        >>> ids = write_phantoms("tree", num_cases=1, shape=(24, 24, 20), edition="2021")
+        >>> file_name(index.find_cases("tree")[0])
+        'BraTS2021_00000.nii.gz'
+    """
     return f"{case.case_id}.nii.gz"
 
 
-def _claim(out_uri: str, model: str) -> None:
-    """Records the model beside its predictions, so that two models never mix in one folder."""
+def _record_model(out_uri: str, model: str) -> None:
+    """Records the model beside its predictions, so that two models never mix in one folder.
+
+    Raises:
+        UsageError: the folder holds predictions of another model.
+    """
     record = storage.join(out_uri, RECORD)
     try:
         before = json.loads(storage.read_bytes(record))["model"]
@@ -102,18 +138,19 @@ def _claim(out_uri: str, model: str) -> None:
         raise UsageError(f"{out_uri} holds predictions of {before}; choose another --out")
 
 
-def _run(
+def _segment_all(
     cases: Sequence[Case], model: str, tracking_uri: str, out_uri: str
 ) -> list[dict[str, str]]:
-    """The cases through a pool of workers that keep the model; those that failed."""
-    have = cluster.resources()
-    gpu = have["GPU"] > 0
-    size = min(len(cases), max(1, int(have["GPU"] if gpu else have["CPU"] // 2)))
-    task = Task(model, tracking_uri, out_uri, threads=math.ceil(have["CPU"] / size / 2))
-    rows = [{"place": place} for place in range(len(cases))]
+    """Segments the cases in a pool of workers that keep the model; returns those that failed."""
+    total = cluster.resources()
+    gpu = total["GPU"] > 0
+    size = min(len(cases), max(1, int(total["GPU"] if gpu else total["CPU"] // 2)))
+    settings = Settings(model, tracking_uri, out_uri, threads=math.ceil(total["CPU"] / size / 2))
+    rows = [{"number": number} for number in range(len(cases))]
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _Worker,
-        fn_constructor_args=(task, tuple(cases)),
+        # Ray documents that this may be a class; its annotation knows functions only.
+        _Worker,  # ty: ignore[invalid-argument-type]
+        fn_constructor_args=(settings, tuple(cases)),
         compute=ActorPoolStrategy(size=size),
         num_cpus=1,
         num_gpus=1 if gpu else 0,
@@ -127,12 +164,16 @@ def _run(
     return failed
 
 
-def segment(case: Case, model: load.Model, out_uri: str) -> None:
-    """Writes the prediction of one case, in its own grid and label values.
+def segment_case(case: Case, model: load.Model, out_uri: str) -> None:
+    """Writes the prediction of one case of a cohort, in its own grid and label values.
 
     Raises:
         DataError: the case is damaged, or lacks modalities and the model was trained with all.
-        StorageError: out of reach.
+        StorageError: one of its files, or the folder, is out of reach.
+
+    Example:
+        >>> model = load.load("models:/raybrats/3", "http://mlflow:5000")  # doctest: +SKIP
+        >>> segment_case(index.find_cases("BraTS2021")[0], model, "out")  # doctest: +SKIP
     """
     status = with_modalities([case], model.modalities)[0].status
     if status == BAD or (status == INCOMPLETE and not model.takes_incomplete):
@@ -148,22 +189,21 @@ def segment(case: Case, model: load.Model, out_uri: str) -> None:
 
 
 class _Worker:
-    """Keeps the model and segments one case after the other."""
+    """One process of the pool: keeps the model and segments one case after the other."""
 
-    def __init__(self, task: Task, cases: tuple[Case, ...]) -> None:
+    def __init__(self, settings: Settings, cases: tuple[Case, ...]) -> None:
         import torch  # not for the driver
 
-        torch.set_num_threads(task.threads)
-        self._task, self._cases = task, cases
-        self._model = load.load(task.model, task.tracking_uri)
+        torch.set_num_threads(settings.threads)
+        self._out_uri, self._cases = settings.out_uri, cases
+        self._model = load.load(settings.model, settings.tracking_uri)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        case = self._cases[int(row["place"])]
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        case, reason = self._cases[int(row["number"])], ""
         try:
-            segment(case, self._model, self._task.out_uri)
+            segment_case(case, self._model, self._out_uri)
         except RaybratsError as error:
-            return {"case_id": case.case_id, "reason": str(error)}
+            reason = str(error)
         except Exception as error:  # such as a GPU out of memory: the other cases go on
-            words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            return {"case_id": case.case_id, "reason": words}
-        return {"case_id": case.case_id, "reason": ""}
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return {"case_id": case.case_id, "reason": reason}
