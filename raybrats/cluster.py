@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from raybrats.errors import RaybratsError, ResourcesError
+from raybrats.errors import ResourcesError, cause_of
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -51,7 +52,7 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     try:
         ray.init(
             address=address,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             log_to_driver=verbose,
             include_dashboard=_wanted(dashboard),
         )
@@ -107,7 +108,7 @@ def each(
     Raises:
         RaybratsError: the first that the function raises.
     """
-    import ray
+    import ray.exceptions
 
     task = ray.remote(num_cpus=num_cpus, memory=memory, max_retries=2)(function)
     in_flight = max(2, int(2 * resources()["CPU"] / num_cpus))
@@ -119,8 +120,8 @@ def each(
         try:
             yield from ray.get(done)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, RaybratsError):
-                raise error.cause from error  # its own words, not the traceback around them
+            if (cause := cause_of(error)) is not None:
+                raise cause from error  # its own words, not the traceback around them
             raise
 
 

@@ -36,6 +36,10 @@ class DataError(RaybratsError):
     exit_code = 5
 
 
+class GridError(DataError):
+    """Volumes of one case that lie on different grids."""
+
+
 class StorageError(RaybratsError):
     """Object storage that is out of reach, refuses us or lacks the object."""
 
@@ -66,3 +70,26 @@ class DivergedError(RaybratsError):
     """Training whose gradients are not finite any more."""
 
     exit_code = 8
+
+
+def cause_of(error: BaseException | None) -> RaybratsError | None:
+    """The error that a user can act on within what a library has wrapped around it; None without.
+
+    Errors travel between processes as they are: their words are all that they hold, so pickling
+    keeps them. Ray hands them on as `cause` of its own, Python as `__cause__`.
+
+    Example:
+        >>> wrapped = RuntimeError("a task failed")
+        >>> wrapped.__cause__ = DataError("case 7: truncated")
+        >>> cause_of(wrapped)
+        DataError('case 7: truncated')
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        inner = getattr(error, "cause", None)
+        # Ray makes errors that are of both kinds, whose words are a traceback: their cause is plain
+        if isinstance(error, RaybratsError) and not isinstance(inner, RaybratsError):
+            return error
+        error = inner or error.__cause__
+    return None

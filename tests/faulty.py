@@ -20,6 +20,7 @@ KINDS: dict[str, Callable[[], object]] = {
     "os._exit": lambda: os._exit(3),
     # a call into C that keeps the interpreter's lock: no thread of the process runs any more
     "GIL": lambda: ctypes.PyDLL(None).sleep(1000),
+    "hang": lambda: time.sleep(1000),
     "raise": lambda: (_ for _ in ()).throw(RuntimeError("this rank has had enough")),
 }
 
@@ -43,7 +44,7 @@ class Story:
     """Least seconds a step, so that faults from outside find the run at work."""
 
     def worker(self) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-        """What Ray Train runs instead of `raybrats.runs.job.work`."""
+        """What Ray Train runs instead of `raybrats.runs.launch.work`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return partial(_work, self)
 
@@ -64,7 +65,7 @@ class Story:
 def _work(story: Story, settings: Mapping[str, Any]) -> dict[str, Any]:
     import ray.train
 
-    from raybrats.runs.job import work
+    from raybrats.runs.launch import work
     from raybrats.train import loop
 
     context, update, begun = ray.train.get_context(), loop.update, []

@@ -9,16 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import cast
 
 import ray
 import ray.exceptions
+from ray.actor import ActorHandle
+from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raybrats.progress import Display
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
 
 _LOG = logging.getLogger(__name__)
 _ABORT_S = 30.0
@@ -32,6 +31,7 @@ class Board:
         self._state, self._posts, self._restarts = (0, ""), 0, 0
         self._requested, self._saved_step = False, -1
         self._controller: ActorHandle | None = None
+        self._aborted = False
 
     def post(self, done: int, remark: str) -> None:
         """Rank 0 is so far."""
@@ -65,12 +65,15 @@ class Board:
         """The step of the requested checkpoint; -1 until it is there."""
         return self._saved_step
 
-    def attach(self, controller: "ActorHandle") -> None:
-        """Ray Train's controller of the run is this one."""
+    def attach(self, controller: ActorHandle) -> None:
+        """Ray Train's controller of the run is this one; it ends at once if the run shall."""
         self._controller = controller
+        if self._aborted:
+            controller.abort.remote()
 
-    def controller(self) -> "ActorHandle | None":
-        """The controller, once there is one."""
+    def abort(self) -> ActorHandle | None:
+        """The run shall end; its controller, whose end is to be waited for, if there is one."""
+        self._aborted = True
         return self._controller
 
 
@@ -80,7 +83,7 @@ def followed(
     total_steps: int,
     stall_s: float = math.inf,
     on_stall: Callable[[], None] = lambda: None,
-) -> "Generator[ActorHandle]":
+) -> Generator[ActorHandle]:
     """A board for the workers of a run; what they post is displayed here.
 
     Args:
@@ -95,8 +98,8 @@ def followed(
     """
     # beside the driver, whose end is the run's: another node may be taken away
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "scheduling_strategy": here, "name": _name(run_uri)}
-    board = ray.remote(Board).options(**options).remote()
+    actor = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here, name=_name(run_uri))
+    board = cast(ActorHandle, actor.remote())
     ended = threading.Event()
 
     def follow(display: Display) -> None:
@@ -127,26 +130,29 @@ def followed(
             ray.kill(board)
 
 
-def find(run_uri: str) -> "ActorHandle | None":
-    """The board of a run that trains in this job; None if none does.
+def found(prefix: str) -> list[ActorHandle]:
+    """The boards of the runs that train in this job and whose URIs start so.
 
     Example:
-        >>> find("runs/never")  # doctest: +SKIP
+        >>> found("s3://bucket/runs/sweep-")  # doctest: +SKIP
+        []
     """
-    try:
-        return ray.get_actor(_name(run_uri))
-    except ValueError:
-        return None
+    boards = []
+    for name in list_named_actors():
+        if name.startswith(_name(prefix)):
+            with suppress(ValueError):  # it has ended meanwhile
+                boards.append(ray.get_actor(name))
+    return boards
 
 
-def abort(board: "ActorHandle") -> None:
+def abort(board: ActorHandle) -> None:
     """Ends the workers of a run, whatever they are doing.
 
     Example:
         >>> abort(board)  # doctest: +SKIP
     """
     with suppress(ray.exceptions.RayError):  # that a controller has ended comes as an error
-        controller = ray.get(board.controller.remote(), timeout=_ABORT_S)
+        controller = ray.get(board.abort.remote(), timeout=_ABORT_S)
         if controller is not None:
             try:
                 ray.get(controller.abort.remote(), timeout=_ABORT_S)
@@ -155,7 +161,7 @@ def abort(board: "ActorHandle") -> None:
                 ray.kill(controller)
 
 
-def save_all(boards: "list[ActorHandle]", grace_s: float) -> None:
+def save_all(boards: list[ActorHandle], grace_s: float) -> None:
     """Asks the workers of each board for a checkpoint and waits for all of them, so long at most.
 
     Example:

@@ -3,24 +3,24 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
-import ray.train
-from ray.train import FailureConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.actor import ActorHandle
+from ray.train import UserCallback
+from ray.train.torch import TorchConfig
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from raybrats import cluster, errors, storage
+from raybrats import cluster, storage
 from raybrats.config import TrainConfig
-from raybrats.errors import RaybratsError
+from raybrats.errors import RaybratsError, cause_of
 from raybrats.runs import gauges
-from raybrats.runs.job import Job, work
+from raybrats.runs.job import Job, Outcome
 from raybrats.train import checkpoint
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
 
 CONTROLLER_FAILURES = 3
 """Starts of a worker group that may fail until the run gives up; Ray's default is for ever."""
@@ -30,29 +30,39 @@ _COLLATERAL = re.compile(
 """What the other ranks die of when one has failed."""
 
 
-def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
-    """Runs the workers to the end of the run and returns what rank 0 reported last.
+def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> Outcome:
+    """What the workers come to at the end of the run.
 
     Raises:
         RaybratsError: the cause in a worker, where it was one that a user can act on.
-        KeyboardInterrupt: as it came; the workers have ended.
+
+    Example:
+        >>> fit(job).step  # doctest: +SKIP
+        150
     """
     ended, rejected = _ended(job)
     if ended is not None:
         return ended
-    trainer = _trainer(job, callbacks)
     try:
-        result = trainer.fit()
-    except KeyboardInterrupt:
-        trainer.abort()
-        raise
+        result = _trainer(job, callbacks).fit()
+        # Ray annotates the first version's Result, which has no such field.
+        outcome: Outcome = result.return_value  # ty: ignore[missing-attribute]
     except Exception as error:
         raise _cause(error, job) from error
-    found = dict(result.return_value)
-    if "failed" in found:
-        kind, words = found["failed"]
-        raise getattr(errors, kind, RaybratsError)(words)
-    return {**found, "rejected": found.get("rejected", 0) + rejected}
+    if outcome.failure is not None:
+        raise outcome.failure
+    return replace(outcome, rejected=outcome.rejected + rejected)
+
+
+def work(settings: Mapping[str, Any]) -> Outcome:
+    """What a worker comes to; imported where it runs, as MONAI takes seconds and 250 MB.
+
+    Example:
+        >>> work({"job": job})  # doctest: +SKIP
+    """
+    from raybrats.runs import worker
+
+    return worker.work(settings["job"])
 
 
 def uses_gpu(config: TrainConfig) -> bool:
@@ -76,32 +86,40 @@ def check_fits(config: TrainConfig) -> None:
     )
 
 
-def spare_cpus(config: TrainConfig, share: int) -> float:
-    """CPUs for the decoding tasks of each worker; `share` runs have the cluster together."""
+def spare_cpus(config: TrainConfig, num_at_once: int) -> float:
+    """CPUs for the decoding tasks of each worker, where so many runs have the cluster together.
+
+    Example:
+        >>> spare_cpus(config, num_at_once=2)  # doctest: +SKIP
+        1.5
+    """
     workers = config.cluster.workers
-    spare = cluster.resources()["CPU"] / share - workers * config.cluster.cpus_per_worker
+    spare = cluster.resources()["CPU"] / num_at_once - workers * config.cluster.cpus_per_worker
     return max(spare, cluster.DATA_CPUS) / workers
 
 
 class _Trainer(TorchTrainer):
     """A trainer that leaves SIGINT alone: Ray's handler would end this process with code 0."""
 
-    _controller: "ActorHandle | None" = None
+    def _register_sigint_handler(self, controller: ActorHandle) -> None:
+        """Registers nothing."""
 
-    def _register_sigint_handler(self, controller: "ActorHandle") -> None:
-        self._controller = controller
 
-    def abort(self) -> None:
-        """Ends the workers."""
-        if self._controller is not None:
-            with suppress(ray.exceptions.RayError):  # that it has ended comes as an error
-                ray.get(self._controller.abort.remote(), timeout=30)
+class _Attached(ControllerCallback):
+    """Tells the board who controls the run; Ray has no public way to end one from outside."""
+
+    def __init__(self, board: ActorHandle) -> None:
+        self._board = board
+
+    def after_controller_start(self, train_run_context: object) -> None:  # noqa: ARG002
+        """Runs in Ray Train's controller."""
+        ray.get(self._board.attach.remote(ray.get_runtime_context().current_actor))
 
 
 class _Restarts(UserCallback):
     """Tells the driver and the cluster's metrics why the workers start again."""
 
-    def __init__(self, run: str, board: "ActorHandle | None") -> None:
+    def __init__(self, run: str, board: ActorHandle) -> None:
         self._run, self._board = run, board
 
     def after_exception(
@@ -111,12 +129,11 @@ class _Restarts(UserCallback):
     ) -> None:
         """Runs in Ray Train's controller."""
         gauges.restarted(self._run)
-        if self._board is not None:
-            rank, words = _root({r: str(e) for r, e in worker_exceptions.items()})
-            self._board.restart.remote(f"worker {rank} failed: {words}")
+        rank, words = _root(worker_exceptions)
+        self._board.restart.remote(f"worker {rank} failed: {words}")
 
 
-def _ended(job: Job) -> tuple[dict[str, Any] | None, int]:
+def _ended(job: Job) -> tuple[Outcome | None, int]:
     """What a run came to that has ended already, and how many damaged checkpoints were found."""
     saved = checkpoint.written(job.run_uri)
     if not (saved and saved[-1].finished):
@@ -125,7 +142,7 @@ def _ended(job: Job) -> tuple[dict[str, Any] | None, int]:
     rejected = len(last.rejected) if last else 0
     if not (last and last.finished):
         return None, rejected
-    return {"step": last.step, "rejected": rejected, **last.metrics}, rejected
+    return Outcome(last.step, last.metrics, rejected), rejected
 
 
 def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> _Trainer:
@@ -135,6 +152,7 @@ def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> _Trainer:
     # worker that does not answer. Ray's defaults are for ever and 10 minutes.
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(wanted.stall_s)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_s)
+    watching = (_Restarts(config.run.name, job.board), _Attached(job.board))
     attempt = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     elastic = (wanted.min_workers, max(wanted.min_workers, _most_workers(config)))
     return _Trainer(
@@ -146,7 +164,7 @@ def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> _Trainer:
             use_gpu=gpu,
             resources_per_worker={"CPU": wanted.cpus_per_worker, **({"GPU": 1.0} if gpu else {})},
         ),
-        run_config=ray.train.RunConfig(
+        run_config=RunConfig(
             # Ray's own index of a run can be damaged for good, so every attempt gets a new one;
             # what to resume from is decided by checkpoint.py.
             name=f"{config.run.name}-{attempt}",
@@ -154,7 +172,8 @@ def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> _Trainer:
             failure_config=FailureConfig(
                 max_failures=wanted.max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),
-            callbacks=[*callbacks, _Restarts(config.run.name, job.board)],
+            # Ray takes those of its own kinds too, though it annotates users' ones only.
+            callbacks=[*callbacks, *watching],  # ty: ignore[invalid-argument-type]
         ),
     )
 
@@ -167,31 +186,27 @@ def _most_workers(config: TrainConfig) -> int:
     return min(wanted.workers, int(fitting))
 
 
-def _root(failures: Mapping[int, str]) -> tuple[int, str]:
+def _root(failures: Mapping[int, Exception]) -> tuple[int, str]:
     """The rank that failed first, as far as the words tell, and the line that says why."""
-    ranked = sorted(failures.items(), key=lambda item: bool(_COLLATERAL.search(_line(item[1]))))
-    rank, text = ranked[0] if ranked else (0, "")
-    return rank, _line(text)
+    lines = {rank: _line(error) for rank, error in failures.items()}
+    rank = min(lines, key=lambda rank: (bool(_COLLATERAL.search(lines[rank])), rank))
+    return rank, lines[rank]
 
 
-def _line(text: str) -> str:
-    lines = text.strip().splitlines() or ["no words"]
-    told = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
-    return (told or lines)[-1][:300]
+def _line(error: BaseException) -> str:
+    words = str(error).strip().splitlines() or ["no words"]
+    return f"{type(error).__name__}: {words[0]}"[:300]
 
 
-def _cause(error: BaseException, job: Job) -> RaybratsError:
-    """The worker's own error that a user can act on, else one that says where the run stopped.
-
-    Ray Data and Ray Train hand on what a task raised as the text of its traceback only.
-    """
-    failures = {rank: str(e) for rank, e in getattr(error, "worker_failures", {}).items()}
-    for text in (*failures.values(), str(error)):
-        for kind, words in reversed(re.findall(r"^raybrats\.errors\.(\w+): (.+)$", text, re.M)):
-            return getattr(errors, kind, RaybratsError)(words)
+def _cause(error: Exception, job: Job) -> RaybratsError:
+    """The worker's own error that a user can act on, else one that says where the run stopped."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    for failure in failures.values():
+        if (cause := cause_of(failure)) is not None:
+            return cause
     saved = checkpoint.written(job.run_uri)
     place = f"step {saved[-1].step} of {job.config.optim.steps}" if saved else "no checkpoint yet"
-    rank, words = _root(failures or {0: str(error)})
+    rank, words = _root(failures)
     return RaybratsError(
         f"run {job.config.run.name} stopped ({place}): worker {rank}: {words}; "
         f"--run.name {job.config.run.name} resumes it"

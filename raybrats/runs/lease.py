@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -72,7 +72,7 @@ class Lease:
 
 
 @contextmanager
-def held(run_uri: str, on_lost: Callable[[str], None]) -> Iterator[None]:
+def held(run_uri: str, on_lost: Callable[[str], None]) -> Generator[None]:
     """Holds the run for this process, renewing the lease from a thread.
 
     If another driver has taken it over nevertheless, say because this process was stopped for

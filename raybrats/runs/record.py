@@ -1,9 +1,9 @@
 """What an attempt at a run leaves for the next one: run.json, beside the checkpoints."""
 
 import json
-import sys
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from raybrats import storage
@@ -21,18 +21,36 @@ from raybrats.registry import metric_log, tracking
 from raybrats.registry.tracking import Run
 from raybrats.train import checkpoint
 
+_LOG = logging.getLogger(__name__)
 NAME = "run.json"
 
 
-def read(run_uri: str) -> dict[str, Any] | None:
-    """The record of a run: {mlflow_run_id, digest, cohort, config}; None if there is none.
+@dataclass(frozen=True)
+class Record:
+    """What run.json holds."""
+
+    mlflow_run_id: str
+    """Empty as long as there was no server."""
+    digest: str
+    """Of what decides the weights and how they are scored."""
+    cohort: str
+    """Digest of the cases, their bytes and their folds."""
+    config: Mapping[str, Any]
+
+
+def read(run_uri: str) -> Record | None:
+    """The record of a run; None if there is none.
 
     Raises:
         CheckpointError: it is damaged.
+
+    Example:
+        >>> read("runs/never") is None
+        True
     """
     try:
         known = json.loads(storage.read_bytes(storage.join(run_uri, NAME)))
-        return {name: known[name] for name in ("mlflow_run_id", "digest", "cohort", "config")}
+        return Record(*(known[field.name] for field in fields(Record)))
     except MissingObjectError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -40,7 +58,7 @@ def read(run_uri: str) -> dict[str, Any] | None:
         raise CheckpointError(f"{place} is damaged; choose another run.name") from None
 
 
-def earlier(config: TrainConfig, run_uri: str) -> dict[str, Any] | None:
+def earlier(config: TrainConfig, run_uri: str) -> Record | None:
     """What an earlier attempt at this run left; None if there is none.
 
     Raises:
@@ -55,8 +73,8 @@ def earlier(config: TrainConfig, run_uri: str) -> dict[str, Any] | None:
         raise UsageError(f"run.resume is never, but {run_uri} exists; choose another run.name")
     if config.run.resume == "must" and not checkpoint.written(run_uri):
         raise UsageError(f"run.resume is must, but {run_uri} has no checkpoint")
-    if known["digest"] != digest(config):
-        fields = ", ".join(_differences(known["config"], json.loads(to_json(config))))
+    if known.digest != digest(config):
+        fields = ", ".join(_differences(known.config, json.loads(to_json(config))))
         raise UsageError(
             f"{run_uri} was started with another {fields}; choose another run.name, "
             "or the same configuration to resume"
@@ -64,20 +82,20 @@ def earlier(config: TrainConfig, run_uri: str) -> dict[str, Any] | None:
     return known
 
 
-def check_cohort(known: Mapping[str, Any] | None, cases: Sequence[Case], run_uri: str) -> None:
+def check_cohort(known: Record | None, cases: Sequence[Case], run_uri: str) -> None:
     """Refuses to go on with other cases, whose order and folds would be others too.
 
     Raises:
         UsageError: the cases, their bytes or their folds are not those of the earlier attempt.
     """
-    if known is not None and known["cohort"] != _cohort_digest(cases):
+    if known is not None and known.cohort != _cohort_digest(cases):
         raise UsageError(f"{run_uri} was started on another cohort; choose another run.name")
 
 
 def open_tracking(
     config: TrainConfig,
     run_uri: str,
-    known: Mapping[str, Any] | None,
+    known: Record | None,
     cases: Sequence[Case],
     parent: Run | None = None,
 ) -> Run:
@@ -88,7 +106,7 @@ def open_tracking(
     Raises:
         TrackingError: the server is out of reach, and `tracking.required`.
     """
-    run = Run(tracking.tracking_uri(config), known["mlflow_run_id"] if known else "")
+    run = Run(tracking.tracking_uri(config), known.mlflow_run_id if known else "")
     try:
         if run.run_id:
             tracking.resume(run)
@@ -97,12 +115,12 @@ def open_tracking(
     except TrackingError as error:
         if config.tracking.required:
             raise
-        print(f"{error}; metrics wait in {metrics_uri(run_uri)}", file=sys.stderr)  # noqa: T201
+        _LOG.warning("%s; metrics wait in %s", error, metrics_uri(run_uri))
     _write(config, run_uri, run, cases)
     return run
 
 
-def settle_tracking(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) -> Run:
+def deliver(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) -> Run:
     """Sends what has waited, once the training is over; the run, which has an id now.
 
     Raises:
@@ -127,13 +145,9 @@ def metrics_uri(run_uri: str) -> str:
 
 
 def _write(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) -> None:
-    left = {
-        "mlflow_run_id": run.run_id,
-        "digest": digest(config),
-        "cohort": _cohort_digest(cases),
-        "config": asdict(config),
-    }
-    storage.write_bytes(storage.join(run_uri, NAME), json.dumps(left, indent=1).encode())
+    left = Record(run.run_id, digest(config), _cohort_digest(cases), asdict(config))
+    place = storage.join(run_uri, NAME)
+    storage.write_bytes(place, json.dumps(asdict(left), indent=1).encode())
 
 
 def _cohort_digest(cases: Sequence[Case]) -> str:

@@ -83,4 +83,4 @@ def on_sigterm(leave: Callable[[], None]) -> Generator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

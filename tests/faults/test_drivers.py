@@ -5,20 +5,21 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from faulty import SOAK
+from faulty import SOAK, Fault, Story
 from mlflow import MlflowClient
-from services import http_status, run_job  # noqa: F401
+from services import processes
 
 from raybrats import storage
 from raybrats.config import override_all
-from raybrats.errors import RegistrationError, TrackingError, UsageError
-from raybrats.progress import watched
+from raybrats.errors import RaybratsError, RegistrationError, TrackingError, UsageError
 from raybrats.registry import spool
-from raybrats.runs import record
+from raybrats.runs import board, launch, record
 from raybrats.runs.run import train
 from raybrats.runs.stop import Stop
 from raybrats.train import checkpoint
@@ -26,6 +27,7 @@ from raybrats.train import checkpoint
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow]
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 400, 40
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def command(config):
@@ -185,19 +187,37 @@ def test_without_a_server_a_run_fails_fast_or_goes_on_and_is_told_later(base, un
         assert [m.step for m in history] == steps
 
 
-def idle(stop):
-    """A run that posts one step, then nothing."""
-    stalled = lambda: stop.now("nothing moved")  # noqa: E731
-    with watched("training", 10, stall_s=3.0, on_stall=stalled) as board:
-        board.post.remote(4, "loss 1.0")
-        time.sleep(60)
-
-
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_run_in_which_nothing_moves_is_ended():
+def test_a_run_in_which_nothing_moves_is_noticed(tmp_path):
     """Whatever hangs: no step for `cluster.stall_s` is the end of the wait."""
-    stop, began = Stop(), time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        idle(stop)
-    assert 3.0 <= time.monotonic() - began < 30
-    assert str(stop.error) == "nothing moved"
+    stop, ended, began = Stop(), threading.Event(), time.monotonic()
+    stalled = lambda: stop.now(RaybratsError("nothing moved"))  # noqa: E731
+    with board.followed(str(tmp_path), 10, 3.0, stalled) as shown, stop.ends(ended.set):
+        shown.post.remote(4, "loss 1.0")
+        assert ended.wait(30)
+    assert time.monotonic() - began >= 3.0
+    with pytest.raises(RaybratsError, match="nothing moved"):
+        stop.check()
+
+
+def test_a_run_that_hangs_is_ended_without_a_signal(base, ray_cluster, tmp_path, monkeypatch):
+    """Its workers have left their steps for good; the driver is a thread of this process."""
+    story = Story(tmp_path / "story", (Fault("hang", rank=0, step=2),))
+    monkeypatch.setattr(launch, "work", story.worker())
+    changes = {"run.name": "hanging", "cluster.stall_s": 8.0}
+    config, signalled = override_all(base, changes), []
+    before = [signal.signal(s, lambda number, _: signalled.append(number)) for s in SIGNALS]
+    try:
+        with ThreadPoolExecutor(1) as pool, pytest.raises(RaybratsError) as said:
+            pool.submit(train, config).result()
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+    assert len(story.fired()) == 1
+    assert "nothing moved for 8 s" in str(said.value)
+    assert "--run.name hanging resumes it" in str(said.value)
+    assert signalled == []
+    run_uri = storage.join(base.run.storage_uri, "hanging")
+    until(lambda: not board.found(run_uri), 30)
+    assert not storage.exists(storage.join(run_uri, "lease.json"))
+    until(lambda: not processes(ray_cluster.session, "ray::RayTrainWorker"), 60)

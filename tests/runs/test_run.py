@@ -66,11 +66,11 @@ def test_a_bad_case_stops_training_and_is_named():
         usable(config(), cohort(case_3=BROKEN))
 
 
-def test_a_bad_case_is_left_out_where_that_is_accepted(capsys):
+def test_a_bad_case_is_left_out_where_that_is_accepted(caplog):
     cases = cohort(case_3=BROKEN)
     found = usable(config(max_bad_fraction=0.1), cases)
     assert [c.case_id for c in found] == [c.case_id for c in cases if c.case_id != "case-3"]
-    assert "case-3" in capsys.readouterr().err
+    assert "case-3" in caplog.text
     with pytest.raises(DataError, match="2 of 10"):
         usable(config(max_bad_fraction=0.1), cohort(case_3=BROKEN, case_4=BROKEN))
 

@@ -1,15 +1,17 @@
-"""Search spaces as words: what is understood, and what is refused before anything starts."""
+"""Search spaces: what is understood, and what is refused before anything starts."""
 
 import pytest
+from ray import tune
 
 from raybrats.config import override, override_all
 from raybrats.errors import UsageError
 from raybrats.recipes import tiny
-from raybrats.runs.sweep import parse_space, search
+from raybrats.runs.space import space_of
+from raybrats.runs.sweep import search
 
 
 def samples(word, count=30):
-    ((field, domain),) = parse_space([word], tiny()).items()
+    ((field, domain),) = space_of([word], tiny()).items()
     return field, [domain.sample() for _ in range(count)]
 
 
@@ -37,7 +39,7 @@ def test_every_kind_draws_from_its_range(word, allowed):
 
 def test_several_fields_are_searched_together():
     words = ["loss.dice_weight=uniform(0.2,0.8)", "optim.lr=loguniform(1e-4,1e-2)"]
-    assert list(parse_space(words, tiny())) == ["loss.dice_weight", "optim.lr"]
+    assert list(space_of(words, tiny())) == ["loss.dice_weight", "optim.lr"]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_several_fields_are_searched_together():
 )
 def test_what_does_not_fit_is_refused_in_words(word, said):
     with pytest.raises(UsageError, match=said) as refusal:
-        parse_space(["optim.lr=uniform(0.001,0.002)", word], tiny())
+        space_of(["optim.lr=uniform(0.001,0.002)", word], tiny())
     assert "\n" not in str(refusal.value)
 
 
@@ -87,13 +89,33 @@ def test_what_does_not_fit_is_refused_in_words(word, said):
 def test_a_space_never_runs_code(inside, tmp_path):
     trace = tmp_path / "trace"
     with pytest.raises(UsageError, match="space"):
-        parse_space([f"optim.lr=choice({inside.format(trace)})"], tiny())
+        space_of([f"optim.lr=choice({inside.format(trace)})"], tiny())
     assert not trace.exists()
+
+
+def test_samplers_as_they_are_mean_what_the_words_mean():
+    told = {"optim.lr": tune.loguniform(1e-4, 1e-2), "loss.batch_dice": tune.choice([True, False])}
+    assert space_of(told, tiny()) == told
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"optim.lr": 1e-3}, "not a sampler"),
+        ({"optim.lr": tune.uniform(-2.0, -1.0)}, "optim.lr"),
+        ({"optim.rate": tune.uniform(0.1, 0.2)}, "optim.rate"),
+        ({"data.fold": tune.randint(0, 5)}, "same for all trials"),
+        ({"network.name": tune.choice([])}, "nothing to choose from"),
+    ],
+)
+def test_samplers_that_do_not_fit_are_refused_too(told, said):
+    with pytest.raises(UsageError, match=said):
+        space_of(told, tiny())
 
 
 def test_an_empty_space_is_refused():
     with pytest.raises(UsageError, match="--space"):
-        parse_space([], tiny())
+        space_of([], tiny())
 
 
 def test_a_sweep_needs_its_server():

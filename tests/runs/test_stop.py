@@ -1,63 +1,66 @@
-"""Ending the main thread from another, whatever the shell has done to its signals."""
+"""Ending work from another thread, without a signal to the process."""
 
+import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 
 from raybrats.errors import RaybratsError
-from raybrats.runs.stop import Stop, interruptible
-
-SCRIPT = """
-import threading, time
-from raybrats.runs.stop import Stop, interruptible
-stop = Stop()
-try:
-    with interruptible():
-        threading.Timer(0.2, stop.now, ["nothing moved"]).start()
-        time.sleep(20)
-except KeyboardInterrupt:
-    print(stop.error)
-"""
+from raybrats.runs.stop import Stop, on_sigterm
 
 
-def end(stop):
-    with interruptible():
-        threading.Timer(0.2, stop.taken_over, ["taken over"]).start()
-        time.sleep(20)
+def test_a_stop_ends_the_work_and_says_why():
+    stop, ended = Stop(), threading.Event()
+    threading.Timer(0.1, stop.taken_over, ["taken over"]).start()
+    with stop.ends(ended.set):
+        assert ended.wait(20)
+    with pytest.raises(RaybratsError, match="taken over"):
+        stop.check()
+    assert stop.lost
 
 
-def test_a_stop_from_another_thread_ends_the_wait_of_the_main_thread():
-    stop = Stop()
-    with pytest.raises(KeyboardInterrupt):
-        end(stop)
-    assert isinstance(stop.error, RaybratsError)
-    assert (str(stop.error), stop.lost) == ("taken over", True)
+def test_work_that_begins_after_its_stop_ends_at_once():
+    stop, ended = Stop(), []
+    stop.now(RaybratsError("nothing moved"))
+    with stop.ends(lambda: ended.append(True)):
+        assert ended == [True]
 
 
-def test_it_does_so_in_a_process_that_a_shell_has_started_in_the_background():
-    """There SIGINT is ignored."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
-    assert (done.stdout, done.returncode) == ("nothing moved\n", 0), done.stderr
+def test_the_first_reason_counts_and_ended_work_is_left_alone():
+    stop, ended = Stop(), []
+    with stop.ends(lambda: ended.append(True)):
+        stop.now(RaybratsError("first"))
+    stop.now(KeyboardInterrupt())
+    assert ended == [True]
+    with pytest.raises(RaybratsError, match="first"):
+        stop.check()
 
 
-def test_the_signal_is_left_as_it_was():
-    before = signal.getsignal(signal.SIGINT)
-    with interruptible():
-        assert signal.getsignal(signal.SIGINT) is before
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with interruptible():
-            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+def test_without_a_stop_nothing_is_raised():
+    Stop().check()
+
+
+def test_sigterm_is_heard_once_in_the_main_thread():
+    asked, before = threading.Semaphore(0), signal.getsignal(signal.SIGTERM)
+    with on_sigterm(asked.release):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+    assert asked.acquire(timeout=20)
+    assert not asked.acquire(timeout=0.2)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_threads_leave_the_signals_alone():
+    seen, before = [], signal.getsignal(signal.SIGTERM)
+
+    def work():
+        with on_sigterm(lambda: None):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
