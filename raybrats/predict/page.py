@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import matplotlib as mpl
@@ -22,22 +22,28 @@ from raybrats.model.metrics import HD95_ONE_EMPTY_MM, region_mask
 from raybrats.predict.evaluate import SCORES, means
 from raybrats.registry.tracking import Curve
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 COLOURS = {ED: "#56b4e9", ET: "#ff5a1f", NCR: "#f0e442"}
-"""Of each label, in drawing order: Okabe & Ito 2008, vermilion brightened; yellow on dark NCR."""
+"""Colour of each label, in drawing order: Okabe & Ito 2008, vermilion brightened; yellow on dark
+NCR."""
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 _PANELS = (("flair", "axial"), ("t1ce", "axial"), ("flair", "coronal"), ("t1ce", "sagittal"))
 _MAX_FRAMES, _MAX_PIXELS, _NUM_GREYS = 40, 1_800_000, 40
-"""Of the GIF: pure noise takes 6.3 bits a pixel (measured), so that it stays under 1.5 MB."""
-_CHARTS = {  # title -> upper end of the axis, and the curves
+"""Limits of the GIF: pure noise takes 6.3 bits a pixel (measured), so it stays under 1.5 MB."""
+_CHARTS = {
     "Training loss": (None, ("train/loss",)),
     "Validation Dice": (1, tuple(f"val/dice_{name}" for name in (*REGIONS, "mean"))),
     "Learning rate": (None, ("train/lr",)),
     "Patches per second": (None, ("patches_per_s",)),
-    "Share of time waiting for data": (1, ("data_wait_fraction",)),
+    "Fraction of time waiting for data": (1, ("data_wait_fraction",)),
 }
+"""Title of each chart -> upper end of its axis, and its curves."""
 _LINE_COLOURS = ("#2f86c9", "#d9591a", "#b8930b", "#888888")
-_INK = "#010203"  # stands in matplotlib for the page's own text colour
-_STYLE = {
+_INK = "#010203"
+"""Colour that stands in matplotlib for the page's own text colour."""
+_STYLE: "dict[RcKeyType, Any]" = {
     "axes.edgecolor": _INK, "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK,
     "ytick.color": _INK, "grid.color": _INK, "grid.alpha": 0.15, "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "font.family": "sans-serif",
@@ -48,19 +54,21 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Overlay:
-    """One case to look at, on canonical (LPS) axes (i, j, k)."""
+    """Images and labels of one case, all on canonical (LPS) axes (i, j, k)."""
 
     case_id: str
     flair: np.ndarray
     t1ce: np.ndarray
     spacing_mm: tuple[float, float, float]
-    reference: np.ndarray | None  # uint8: 0, NCR, ED, ET
+    reference: np.ndarray | None
+    """Labels (uint8: 0, NCR, ED, ET); None if there are none."""
     prediction: np.ndarray
+    """Labels (uint8: 0, NCR, ED, ET)."""
 
     def __post_init__(self) -> None:
         shapes = {a.shape for a in vars(self).values() if isinstance(a, np.ndarray)}
         if len(shapes) > 1 or self.flair.ndim != 3:
-            raise ValueError(f"{self.case_id}: volumes must share one (i, j, k), got {shapes}")
+            raise ValueError(f"{self.case_id}: volumes must have one shape (i, j, k), got {shapes}")
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,13 @@ class Report:
 
     title: str
     facts: Mapping[str, str]
-    curves: Mapping[str, Curve]  # as `tracking.curves` gives them
-    scores: Sequence[Mapping[str, Any]]  # rows, as in `Evaluation`
+    """Name -> value of each line at the head of the page."""
+    curves: Mapping[str, Curve]
+    """Metrics of the run, as `tracking.curves` gives them."""
+    scores: Sequence[Mapping[str, Any]]
+    """Rows, as in `Evaluation`."""
     overlays: Sequence[Overlay]
+    """Cases that are shown as images; the first one also as an animation."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +95,19 @@ class Panel:
     index: int
     size: tuple[float, float]
     image: str
+    """Data URI of a PNG."""
     prediction: Mapping[str, str]
     reference: Mapping[str, str]
 
 
 def render(report: Report) -> str:
-    """The page: self-contained HTML, the same text for the same report."""
+    """Self-contained HTML of the page, the same text for the same report.
+
+    Example:
+        >>> html = render(Report("phantoms", {"cases": "3"}, curves={}, scores=[], overlays=[]))
+        >>> html.startswith("<!DOCTYPE html>"), "<h1>phantoms</h1>" in html
+        (True, True)
+    """
     loader = jinja2.PackageLoader("raybrats", "predict")
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     return (
@@ -112,7 +131,7 @@ def render(report: Report) -> str:
 
 
 def _worst_first(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Case id -> rows by region and the mean Dice, by that mean."""
+    """Case id -> rows by region and their mean Dice, in the order of that mean."""
     cases: dict[str, dict[str, Any]] = {}
     for row in scores:
         cases.setdefault(str(row["case_id"]), {})[str(row["region"])] = row
@@ -133,6 +152,7 @@ def _charts(curves: Mapping[str, Curve]) -> Iterator[tuple[str, Markup]]:
 
 @mpl.rc_context(_STYLE)
 def _chart(title: str, top: float | None, lines: Mapping[str, np.ndarray]) -> Markup:
+    """Inline SVG of lines (steps and values, point) by the name of their metric."""
     size = (5.3, 2.9) if title in ("Training loss", "Validation Dice") else (3.5, 1.8)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot(xlabel="step")
@@ -157,37 +177,39 @@ def _chart(title: str, top: float | None, lines: Mapping[str, np.ndarray]) -> Ma
 
 def _panels(overlay: Overlay) -> list[Panel]:
     """Slices through the largest cross-sections of the tumour."""
-    box, at = _head(overlay), _largest(overlay)
+    box, chosen = _head_box(overlay), _largest_slices(overlay)
     panels = []
     for modality, plane in _PANELS:
         axis = _AXES[plane]
-        place = at[axis] - box[axis].start
-        mm = [s for n, s in enumerate(overlay.spacing_mm) if n != axis]
-        image = _cut(_grey(getattr(overlay, modality)[box]), axis, place)
+        index = chosen[axis] - box[axis].start
+        spacing_mm = [mm for n, mm in enumerate(overlay.spacing_mm) if n != axis]
+        image = _as_displayed(_grey(getattr(overlay, modality)[box]), axis, index)
         paths = []
         for labels in (overlay.prediction, overlay.reference):
-            cut = image * 0 if labels is None else _cut(labels[box], axis, place)
-            paths.append({LABEL_NAMES[n - 1]: _path(cut == n, mm) for n in COLOURS})
-        size, uri = np.multiply(image.shape[::-1], mm), _data_uri(Image.fromarray(image))
-        panels.append(Panel(modality, plane, at[axis], tuple(size.tolist()), uri, *paths))
+            shown = image * 0 if labels is None else _as_displayed(labels[box], axis, index)
+            paths.append({LABEL_NAMES[n - 1]: _svg_path(shown == n, spacing_mm) for n in COLOURS})
+        width, height = np.multiply(image.shape[::-1], spacing_mm).tolist()
+        uri = _data_uri(Image.fromarray(image))
+        panels.append(Panel(modality, plane, chosen[axis], (width, height), uri, *paths))
     return panels
 
 
-def _head(overlay: Overlay) -> Box:
-    """The box around what differs from the background, with a margin of 3 voxels."""
+def _head_box(overlay: Overlay) -> Box:
+    """Box around what differs from the background, with a margin of 3 voxels."""
     mask = (overlay.flair != overlay.flair.flat[0]) | (overlay.t1ce != overlay.t1ce.flat[0])
     for labels in (overlay.prediction, overlay.reference):
         mask |= labels is not None and labels > 0
-    i, j, k = bounding_box(mask if mask.any() else ~mask)
-    return tuple(slice(max(s.start - 3, 0), s.stop + 3) for s in (i, j, k))
+    box = bounding_box(mask if mask.any() else ~mask)
+    i, j, k = (slice(max(s.start - 3, 0), s.stop + 3) for s in box)
+    return i, j, k
 
 
-def _largest(overlay: Overlay) -> list[int]:
+def _largest_slices(overlay: Overlay) -> list[int]:
     """Slice of each axis with most tumour: the reference's, else the prediction's, else midway."""
     for labels in (overlay.reference, overlay.prediction):
         if labels is not None and labels.any():
             return [int((labels > 0).sum(axis=a).argmax()) for a in ((1, 2), (0, 2), (0, 1))]
-    return [(s.start + s.stop) // 2 for s in _head(overlay)]
+    return [(s.start + s.stop) // 2 for s in _head_box(overlay)]
 
 
 def _grey(voxels: np.ndarray) -> np.ndarray:
@@ -198,8 +220,8 @@ def _grey(voxels: np.ndarray) -> np.ndarray:
     return (np.clip(scaled, 0, 1) * head * 255).astype(np.uint8)
 
 
-def _cut(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
-    """A slice as it is looked at: rows downwards, in radiological convention."""
+def _as_displayed(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
+    """Slice of a volume as it is displayed: rows downwards, in radiological convention."""
     return volume.take(index, axis).T[:: 1 if axis == 2 else -1]
 
 
@@ -209,13 +231,14 @@ def _outlines(mask: np.ndarray, scale: Sequence[float]) -> list[np.ndarray]:
     return [(np.asarray(line) - 0.5) * scale for line in lines]
 
 
-def _path(mask: np.ndarray, mm: Sequence[float]) -> str:
-    lines = [[f"{x:.1f},{y:.1f}" for x, y in line] for line in _outlines(mask, mm)]
+def _svg_path(mask: np.ndarray, spacing_mm: Sequence[float]) -> str:
+    """Outlines of a mask as the `d` of one SVG path, in mm."""
+    lines = [[f"{x:.1f},{y:.1f}" for x, y in line] for line in _outlines(mask, spacing_mm)]
     return "".join(f"M{'L'.join(points)}Z" for points in lines)
 
 
 def _volumes(overlay: Overlay) -> dict[str, list[float]]:
-    """Region -> cm3 predicted and, where there is one, in the reference."""
+    """Region -> cm3 in the prediction and, where there is one, in the reference."""
     cm3 = math.prod(overlay.spacing_mm) / 1000
     both = [labels for labels in (overlay.prediction, overlay.reference) if labels is not None]
     return {r: [cm3 * int(region_mask(labels, r).sum()) for labels in both] for r in REGIONS}
@@ -223,7 +246,7 @@ def _volumes(overlay: Overlay) -> dict[str, list[float]]:
 
 def _fly_through(overlay: Overlay) -> str:
     """Axial FLAIR slices through the predicted tumour, outlined, as an animated GIF."""
-    box = _head(overlay)
+    box = _head_box(overlay)
     labels = overlay.prediction[box]
     greys = (_grey(overlay.flair[box]) * (_NUM_GREYS / 256)).astype(np.uint8)
     found = np.flatnonzero(labels.any(axis=(0, 1)) | (not labels.any()))
@@ -241,9 +264,9 @@ def _frame(grey: np.ndarray, labels: np.ndarray, size: tuple[int, int]) -> Image
     frame = Image.frombytes("P", size, smooth.tobytes())
     ramp = np.linspace(0, 255, _NUM_GREYS).astype(int).repeat(3).tolist()
     frame.putpalette(ramp + [n for colour in COLOURS.values() for n in bytes.fromhex(colour[1:])])
-    pen = ImageDraw.Draw(frame)
+    pen, zoom = ImageDraw.Draw(frame), np.divide(size, labels.shape[::-1]).tolist()
     for n, label in enumerate(COLOURS):
-        for line in _outlines(labels == label, np.divide(size, labels.shape[::-1])):
+        for line in _outlines(labels == label, zoom):
             pen.line(line.ravel().tolist(), fill=_NUM_GREYS + n)
     return frame
 

@@ -33,8 +33,8 @@ class Predicted:
         model               cases  written  skipped  failed
         models:/raybrats/3     12        9        2       1
         <BLANKLINE>
-        failed  reason
-        a       torn
+        case_id  reason
+        a        torn
     """
 
     model: str
@@ -52,7 +52,7 @@ class Predicted:
         if not self.failed:
             return text
         rows = [(failure["case_id"], failure["reason"]) for failure in self.failed]
-        return f"{text}\n\n{table(('failed', 'reason'), rows)}"
+        return f"{text}\n\n{table(('case_id', 'reason'), rows)}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run and its predictions came to, gathered into one HTML page."""
+"""A run and its predictions -> one HTML page of its curves, scores and cases."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ from raybrats.registry import load, tracking
 from raybrats.registry.tracking import Run
 
 MAX_OVERLAYS = 6
+"""Cases that are shown as images, at most."""
 
 
 def write_report(
@@ -35,18 +36,22 @@ def write_report(
     Args:
         predictions: folder or URI that `predict` wrote.
         cohort_uri: the cases that it read; their labels are the references, where they have any.
-        out_uri: the page.
+        out_uri: place of the page.
         run: MLflow run whose curves are shown; that of the predictions' model where not given.
         tracking_uri: MLflow server; `tracking.default_uri()` where not given.
         evaluation: scores of these predictions; measured here where not given.
 
     Raises:
         DataError: the folder holds no predictions of these cases.
+
+    Example:
+        >>> write_report("predictions", "cohort.parquet", "report.html")  # doctest: +SKIP
+        '/home/me/report.html'
     """
     cluster.connect()
     tracking_uri = tracking_uri or tracking.default_uri()
     predictions, out_uri = storage.absolute(predictions), storage.absolute(out_uri)
-    model = _model_of(predictions)
+    model = _recorded_model(predictions)
     shown = Run(tracking_uri, run or load.run_id_of(model, tracking_uri))
     there = {storage.name(uri) for uri in storage.list_objects(predictions)}
     cases = index.load(cohort_uri, verify=False)
@@ -61,13 +66,18 @@ def write_report(
         facts=_facts(model, shown, len(cases)),
         curves=tracking.curves(shown),
         scores=rows,
-        overlays=[_overlay(case, predictions) for case in _chosen(cases, rows)],
+        overlays=[_overlay(case, predictions) for case in _spread(cases, rows)],
     )
     storage.write_bytes(out_uri, render(page).encode())
     return out_uri
 
 
-def _model_of(predictions: str) -> str:
+def _recorded_model(predictions: str) -> str:
+    """Model that wrote a folder of predictions, as `predict` records it.
+
+    Raises:
+        DataError: the folder has no such record.
+    """
     try:
         return str(json.loads(storage.read_bytes(storage.join(predictions, RECORD)))["model"])
     except (MissingObjectError, ValueError, KeyError):
@@ -75,9 +85,9 @@ def _model_of(predictions: str) -> str:
 
 
 def _facts(model: str, run: Run, num_cases: int) -> dict[str, str]:
-    """The lines at the head of the page."""
-    logged = tracking.logged_parameters(run)
-    named = {
+    """Name -> value of the lines at the head of the page."""
+    parameters = tracking.logged_parameters(run)
+    shown = {
         "recipe": "recipe",
         "network": "network.name",
         "widths": "network.widths",
@@ -87,21 +97,22 @@ def _facts(model: str, run: Run, num_cases: int) -> dict[str, str]:
         "global batch": "optim.global_batch",
         "workers": "cluster.workers",
     }
-    facts = {title: logged[name] for title, name in named.items() if name in logged}
+    facts = {title: parameters[name] for title, name in shown.items() if name in parameters}
     return {"model": model, **facts, "cases": str(num_cases), "MLflow run": run.run_id}
 
 
-def _chosen(cases: Sequence[Case], rows: Sequence[Mapping[str, object]]) -> list[Case]:
+def _spread(cases: Sequence[Case], rows: Sequence[Mapping[str, object]]) -> list[Case]:
     """At most `MAX_OVERLAYS` cases, spread evenly from the worst mean Dice to the best."""
     dice: dict[str, list[float]] = {}
     for row in rows:
         dice.setdefault(str(row["case_id"]), []).append(float(str(row["dice"])))
     ranked = sorted(cases, key=lambda case: float(np.mean(dice.get(case.case_id, [0.0]))))
     count = min(MAX_OVERLAYS, len(ranked))
-    return [ranked[place] for place in np.linspace(0, len(ranked) - 1, count).round().astype(int)]
+    return [ranked[n] for n in np.linspace(0, len(ranked) - 1, count).round().astype(int)]
 
 
 def _overlay(case: Case, predictions: str) -> Overlay:
+    """Images, prediction and, where there are any, reference labels of a case."""
     opened = open_case(case)
     name = file_name(case)
     volume = decode(storage.read_bytes(storage.join(predictions, name)), name)

@@ -155,14 +155,14 @@ def test_values_that_are_not_numbers_are_left_out(full):
 
 
 def test_volumes_of_another_shape_are_refused(overlay):
-    with pytest.raises(ValueError, match=r"case <b>7.*share one"):
+    with pytest.raises(ValueError, match=r"case <b>7.*one shape"):
         replace(overlay, prediction=overlay.prediction[1:])
 
 
 def test_slices_are_shown_in_radiological_convention():
     left, posterior, superior = np.meshgrid(*map(np.arange, (4, 5, 6)), indexing="ij")
     axial, coronal, sagittal = (
-        [page._cut(v, axis, 1) for v in (left, posterior, superior)] for axis in (2, 1, 0)
+        [page._as_displayed(v, axis, 1) for v in (left, posterior, superior)] for axis in (2, 1, 0)
     )
     assert axial[0].shape == (5, 4)
     assert (np.diff(axial[0], axis=1) == 1).all()  # the patient's left on the right
