@@ -22,9 +22,9 @@ from raybrats.config import NUM_FOLDS, AugmentConfig, DataConfig, TrainConfig
 from raybrats.data.cohort import layout
 from raybrats.data.cohort.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, open_case, prepare_case
 from raybrats.data.cohort.index import (
+    case_of,
     find_cases,
     mark_copies,
-    named,
     summary,
     verify_case,
     with_folds,
@@ -312,7 +312,7 @@ def test_d4_a_missing_modality_is_an_error_unless_the_recipe_drops_modalities(tr
     assert verify_case(first) == first
     empty = open_case(first).volumes[2]
     assert (empty.dtype, empty.shape, empty.any()) == (np.int16, SHAPE, False)
-    assert prepare_case(first, DataConfig()).gain[2] == 0
+    assert prepare_case(first, DataConfig()).scaling.gain[2] == 0
     with pytest.raises(DataError, match=rf"{CASE} \(no t1ce file; augment\.drop_modality takes"):
         usable(run(fold=-1), cases)
     dropping = replace(run(fold=-1), augment=AugmentConfig(drop_modality=0.2))
@@ -387,8 +387,8 @@ def test_d5_a_modality_of_zeros_or_of_one_value_is_flagged_and_divides_nothing(t
         case = verified(tree)
         prepared = prepare_case(case, DataConfig())
     assert (case.status, case.reason) == (INCOMPLETE, "t1, t2 constant inside the brain")
-    assert np.isfinite([*prepared.gain, *prepared.bias]).all()
-    assert (prepared.gain[1], prepared.gain[3]) == (0, 0)
+    assert np.isfinite([*prepared.scaling.gain, *prepared.scaling.bias]).all()
+    assert (prepared.scaling.gain[1], prepared.scaling.gain[3]) == (0, 0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -491,7 +491,7 @@ def test_d7_no_subject_is_in_two_folds(visits: dict[int, int], kind: str, seed: 
     ids = [f"BraTS-{kind}-{n:05d}-{t:03d}" for n, times in visits.items() for t in range(times)]
     random.Random(seed).shuffle(ids)
     blank = layout.Files("", "2023", "brats", ("",) * 4, None, (1, 2, 3))
-    cases = with_folds([named(replace(blank, case_id=i)) for i in ids])
+    cases = with_folds([case_of(replace(blank, case_id=i)) for i in ids])
     folds: dict[str, set[int]] = {}
     for case in cases:
         folds.setdefault(case.case_id[:-4], set()).add(case.fold)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -15,11 +15,11 @@ from raybrats.data.cohort.source import Source
 from raybrats.data.nifti.header import Grid
 from raybrats.data.nifti.labels import labels_from
 from raybrats.data.nifti.volume import Volume, on_one_grid
-from raybrats.data.prepare import Prepared, prepare
+from raybrats.data.prepare import Box, Prepared, prepare
 from raybrats.errors import DataError
 
 OK, UNLABELLED, INCOMPLETE, BAD = "ok", "unlabelled", "incomplete", "bad"
-"""Incomplete: sound, but without all modalities; with or without labels."""
+"""States of a case; incomplete: sound, with or without labels, but not with all modalities."""
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,25 @@ class Case:
     edition: str
     layout: str
     image_uris: tuple[str, ...]
-    """One a modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
+    """One per modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
     label_uri: str | None
     label_values: tuple[int, ...]
     """Values of NCR, ED and ET in the label file."""
     sizes: tuple[int, ...] = ()
     """Bytes of the image files, 0 for a missing one, then of the label file."""
     digests: tuple[str, ...] = ()
-    """BLAKE3 of the same, empty for a missing one."""
+    """BLAKE3 of the same files, empty for a missing one."""
     shape: tuple[int, ...] = ()
-    """Canonical (i, j, k)."""
+    """Voxels along the canonical axes (i, j, k)."""
     spacing_mm: tuple[float, ...] = ()
     label_counts: tuple[int, ...] = ()
     """Voxels of NCR, ED and ET."""
     box: tuple[int, ...] = ()
     """Foreground box: first and one-past-last voxel of i, j and k."""
     mean: tuple[float, ...] = ()
-    """Of each modality inside the brain, as stored on disk."""
+    """Mean of each modality inside the brain, in the values of its file."""
     deviation: tuple[float, ...] = ()
+    """Standard deviation of the same."""
     fold: int = -1
     status: str = OK
     reason: str = ""
@@ -60,14 +61,29 @@ class Case:
             return ()
         return tuple(m for m, uri in zip(MODALITIES, self.image_uris, strict=True) if not uri)
 
+    @property
+    def foreground(self) -> Box | None:
+        """The foreground box as slices; None where the case is not indexed."""
+        if not self.box:
+            return None
+        i_first, i_end, j_first, j_end, k_first, k_end = self.box
+        return slice(i_first, i_end), slice(j_first, j_end), slice(k_first, k_end)
+
 
 def from_row(row: Mapping[str, Any]) -> Case:
     """The case of a row of plain values, lists where a case has tuples.
 
     Raises:
         TypeError: the row has other fields.
+
+    Example:
+        >>> row = {"case_id": "a", "subject": "a", "edition": "2020", "layout": "brats"}
+        >>> files = {"image_uris": ["a.nii"], "label_uri": None, "label_values": [1, 2, 4]}
+        >>> from_row(row | files).image_uris
+        ('a.nii',)
     """
-    return Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Case(**values)
 
 
 @dataclass(frozen=True)
@@ -77,8 +93,9 @@ class Opened:
     volumes: tuple[np.ndarray, ...]
     """Canonical voxels (i, j, k) of each modality that was asked for, in that order."""
     labels: np.ndarray | None
+    """Canonical labels (i, j, k), uint8; None where there are none, or none are wanted."""
     grid: Grid
-    """Of the first file opened; where it does not know how it lies, of the first that does."""
+    """Grid of the first file opened; if that states no orientation, of the first that does."""
     sources: tuple[Source | None, ...]
     """The image files, None for a missing or unwanted one, then the label file."""
 
@@ -102,22 +119,52 @@ def open_case(case: Case, modalities: Sequence[str] = MODALITIES, *, labels: boo
     Raises:
         DataError: a file is damaged, or files of the case differ in grid.
         StorageError: a file is out of reach, or not the bytes that were indexed.
+
+    Example:
+        >>> from raybrats.data.cohort.index import find_cases
+        >>> from raybrats.phantom.phantom import write_phantoms
+        >>> case_ids = write_phantoms("phantoms", num_cases=1, shape=(24, 24, 20))
+        >>> opened = open_case(find_cases("phantoms")[0], ("flair", "t1ce"))
+        >>> [volume.shape for volume in opened.volumes]
+        [(24, 24, 20), (24, 24, 20)]
     """
-    opened = open_files(case, modalities, labels=labels)
+    opened = _open_files(case, modalities, labels=labels)
     if opened.grid.oriented or (labels and set(modalities) >= set(MODALITIES)):
         return opened
-    every = open_files(case, (*modalities, *MODALITIES))
+    every = _open_files(case, (*modalities, *MODALITIES))
     volumes = every.volumes[: len(modalities)]
     return replace(every, volumes=volumes, labels=every.labels if labels else None)
 
 
-def open_files(case: Case, modalities: Sequence[str], *, labels: bool = True) -> Opened:
-    """The files that are wanted and no others, laid as those among them that know how they lie.
+def prepare_case(case: Case, data: DataConfig) -> Prepared:
+    """A case read, decoded, cropped and quantised, with the modalities that are asked for.
+
+    An indexed case is cropped to the box in its row, which is that of all its modalities. Indexing
+    has checked that its files belong together, so they are opened one after the other.
 
     Raises:
-        DataError: a file is damaged, or files of the case differ in grid.
+        DataError: the case is damaged, or not as its row says.
         StorageError: a file is out of reach, or not the bytes that were indexed.
+
+    Example:
+        >>> from raybrats.data.cohort.index import find_cases
+        >>> from raybrats.phantom.phantom import write_phantoms
+        >>> case_ids = write_phantoms("phantoms", num_cases=1, shape=(24, 24, 20))
+        >>> prepare_case(find_cases("phantoms")[0], DataConfig()).image.shape
+        (4, 14, 18, 17)
     """
+    how = data.normalisation, data.percentiles
+    if case.box and len(case.image_uris) > 1:  # a 4-D file is not opened in parts
+        with suppress(_NoOrientation):
+            labels = _open_one(case, None).labels if case.label_uri else None
+            volumes = _DeferredVolumes(case, data.modalities)
+            return prepare(volumes, labels, *how, box=case.foreground)
+    opened = open_case(case, data.modalities)
+    return prepare(opened.volumes, opened.labels, *how, box=case.foreground)
+
+
+def _open_files(case: Case, modalities: Sequence[str], *, labels: bool = True) -> Opened:
+    """The files that are wanted and no others, on the grid of those that state an orientation."""
     sources = _sources(case, modalities, labels=labels)
     read = [found for found in sources if found is not None]
     names = [storage.name(found.uri) for found in read]
@@ -131,7 +178,7 @@ def open_files(case: Case, modalities: Sequence[str], *, labels: bool = True) ->
         values = case.label_values
         encoded = labels_from(mask, (values[0], values[1], values[2]), case.case_id)
     return Opened(
-        volumes=_modalities(case, modalities, images),
+        volumes=_volumes(case, modalities, images),
         labels=encoded,
         grid=volumes[0].grid,
         sources=tuple(sources),
@@ -151,7 +198,7 @@ def _sources(case: Case, modalities: Sequence[str], *, labels: bool) -> list[Sou
     if modalities and not any(uris):
         raise DataError(f"{case.case_id}: no {', '.join(modalities)} file")
     uris += (case.label_uri,) if labels and case.label_uri else ()
-    # a row tells of the labels too, where they are not wanted
+    # a row also records the label file, which may not be wanted
     expected = case.sizes or (None,) * len(uris), case.digests or (None,) * len(uris)
     return [
         source.read(uri, size=size, digest=digest) if uri else None
@@ -159,17 +206,19 @@ def _sources(case: Case, modalities: Sequence[str], *, labels: bool) -> list[Sou
     ]
 
 
-def _modalities(
+def _volumes(
     case: Case, modalities: Sequence[str], images: Sequence[Volume]
 ) -> tuple[np.ndarray, ...]:
-    """One canonical array a modality, scaled where the file says so; a missing one is zeros."""
+    """One canonical array per modality, scaled where the file says so; a missing one is zeros."""
     if not modalities:
         return ()
     plain = [v.voxels if (v.slope, v.intercept) == (1.0, 0.0) else v.values for v in images]
     single = len(case.image_uris) == 1
     if single and plain[0].ndim == 4:
         plain = [plain[0][..., m] for m in range(plain[0].shape[3])]
-    there = [m for m in MODALITIES if single or (m in modalities and m not in case.missing)]
+    there: list[str] = [
+        m for m in MODALITIES if single or (m in modalities and m not in case.missing)
+    ]
     if len(plain) != len(there) or any(v.ndim != 3 for v in plain):
         shapes = ", ".join(str(v.voxels.shape) for v in images)
         rule = "expected one 3-D file a modality, or one 4-D file of flair, t1, t1ce, t2"
@@ -184,52 +233,44 @@ def _empty(shape: tuple[int, ...]) -> np.ndarray:
     return voxels
 
 
-def prepare_case(case: Case, data: DataConfig) -> Prepared:
-    """A case read, decoded, cropped and quantised, with the modalities that are asked for.
-
-    An indexed case is cropped to the box in its row, which is that of all its modalities. That its
-    files belong together was seen when it was indexed, so they are opened one after the other.
-
-    Raises:
-        DataError: the case is damaged, or not as its row says.
-        StorageError: a file is out of reach, or not the bytes that were indexed.
-    """
-    how = data.normalisation, data.percentiles
-    box = tuple(slice(*case.box[first : first + 2]) for first in (0, 2, 4)) if case.box else None
-    if box and len(case.image_uris) > 1:  # a 4-D file is not opened in parts
-        with suppress(_Unoriented):
-            labels = _alone(case, None).labels if case.label_uri else None
-            return prepare(_Modalities(case, data.modalities), labels, *how, box=box)
-    opened = open_case(case, data.modalities)
-    return prepare(opened.volumes, opened.labels, *how, box=box)
+class _NoOrientation(Exception):  # noqa: N818 - never seen outside
+    """A file states no orientation: it lies as the others do, so all are needed at once."""
 
 
-class _Unoriented(Exception):  # noqa: N818 - never seen outside
-    """A file lies as the others do, so all are needed at once."""
-
-
-class _Modalities(Sequence[np.ndarray]):
+class _DeferredVolumes(Sequence[np.ndarray]):
     """The volumes of an indexed case, each opened when it is asked for."""
 
-    def __init__(self, case: Case, names: Sequence[str]) -> None:
-        self._case, self._names = case, names
+    def __init__(self, case: Case, modalities: Sequence[str]) -> None:
+        self._case, self._modalities = case, modalities
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._modalities)
 
-    def __getitem__(self, place: int) -> np.ndarray:
-        case, name = self._case, self._names[place]
-        if name in case.missing:
-            return np.zeros(case.shape, np.int16, order="F")
-        volume = _alone(case, name).volumes[0]
+    @overload
+    def __getitem__(self, place: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[np.ndarray]: ...
+
+    def __getitem__(self, place: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        if isinstance(place, slice):
+            return _DeferredVolumes(self._case, self._modalities[place])
+        case, modality = self._case, self._modalities[place]
+        if modality in case.missing:
+            return _empty(case.shape)
+        volume = _open_one(case, modality).volumes[0]
         if volume.shape != case.shape:
             raise DataError(f"{case.case_id}: {volume.shape} voxels where its row has {case.shape}")
         return volume
 
 
-def _alone(case: Case, modality: str | None) -> Opened:
-    """The file of a modality, or of the labels where none is named."""
-    opened = open_files(case, (modality,) if modality else (), labels=not modality)
+def _open_one(case: Case, modality: str | None) -> Opened:
+    """The file of a modality, or of the labels where none is named.
+
+    Raises:
+        _NoOrientation: the file states none.
+    """
+    opened = _open_files(case, (modality,) if modality else (), labels=not modality)
     if not opened.grid.oriented:
-        raise _Unoriented
+        raise _NoOrientation
     return opened

@@ -14,14 +14,23 @@ MODALITY_NAMES: Mapping[str, Modality] = {
     **dict.fromkeys(("t1ce", "t1c", "t1gd"), "t1ce"),
     **dict.fromkeys(("t2", "t2w"), "t2"),
 }
+"""The modality that a file name's ending or a channel's name stands for."""
 
 
 def read(uri: str) -> tuple[tuple[int, ...], tuple[int, int, int]]:
     """Channel number of each modality, and the values of NCR, ED and ET.
 
     Raises:
-        DataError: the file does not say so.
+        DataError: the file does not name them.
         StorageError: it is out of reach.
+
+    Example:
+        >>> channels = {"0": "T1", "1": "T1ce", "2": "T2", "3": "FLAIR"}
+        >>> labels = {"background": 0, "NCR": 1, "edema": 2, "ET": 3}
+        >>> dataset = json.dumps({"channel_names": channels, "labels": labels})
+        >>> storage.write_bytes("dataset.json", dataset.encode())
+        >>> read("dataset.json")
+        ((3, 0, 1, 2), (1, 2, 3))
     """
     dataset = _read_json(uri)
     channels = dataset.get("channel_names") or dataset.get("modality")
@@ -45,13 +54,13 @@ def _read_json(uri: str) -> dict:
 
 def _channel_order(uri: str, channels: dict[str, str]) -> tuple[int, ...]:
     """Channel number of each modality, in the order of `MODALITIES`."""
-    named = {
+    numbers = {
         MODALITY_NAMES.get(re.sub(r"^(t2-?|mri?_)(?=flair)", "", str(name).lower())): int(number)
         for number, name in channels.items()
     }
-    if not set(MODALITIES) <= set(named):
+    if not set(MODALITIES) <= set(numbers):
         raise DataError(f"{uri}: channels {channels} do not name flair, t1, t1ce and t2")
-    return tuple(named[m] for m in MODALITIES)
+    return tuple(numbers[m] for m in MODALITIES)
 
 
 def _label_values(uri: str, labels: dict) -> tuple[int, int, int]:

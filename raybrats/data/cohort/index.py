@@ -1,4 +1,4 @@
-"""Verifying a tree on the cluster: every case read and opened once, as Ray tasks."""
+"""A tree verified on the cluster: every case read and opened once, as Ray tasks."""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,6 +28,9 @@ def index(uri: str, out_uri: str | None = None) -> list[Case]:
     Raises:
         DataError: there is no case.
         StorageError: the tree is out of reach.
+
+    Example:
+        >>> cases = index("s3://bucket/BraTS2020", "s3://bucket/cohort.parquet")  # doctest: +SKIP
     """
     found = find_cases(uri)
     verified = cluster.each(verify_case, found, num_cpus=1, memory=TASK_MEMORY)
@@ -43,9 +46,15 @@ def index(uri: str, out_uri: str | None = None) -> list[Case]:
 
 
 def mark_copies(cases: Sequence[Case]) -> list[Case]:
-    """The cases, with those bad that have the very image files of an earlier one, in any order.
+    """The cases; those that have the very image files of an earlier one, in any order, are bad.
 
-    Under two ids they could come to lie on both sides of a split.
+    Under two ids the same images could lie on both sides of a split.
+
+    Example:
+        >>> one = Case("a", "a", "2020", "brats", ("a.nii",), None, (), digests=("ff",))
+        >>> other = replace(one, case_id="b", image_uris=("b.nii",))
+        >>> [case.status for case in mark_copies([one, other])]
+        ['ok', 'bad']
     """
     first: dict[tuple[str, ...], str] = {}
     marked = []
@@ -60,10 +69,16 @@ def mark_copies(cases: Sequence[Case]) -> list[Case]:
 
 
 def load(uri: str, *, verify: bool = True) -> list[Case]:
-    """The cases of a cohort file, or of a tree, which is indexed first where asked for.
+    """The cases of a cohort file, or of a tree, which is indexed first unless `verify` is off.
 
     Raises:
         DataError: no URI, or no case there.
+        StorageError: it is missing or out of reach.
+
+    Example:
+        >>> rows.write_cohort([], "cohort.parquet")
+        >>> load("cohort.parquet")
+        []
     """
     if not uri:
         raise DataError("data.cohort is empty; give a cohort file or a tree of cases")
@@ -73,13 +88,27 @@ def load(uri: str, *, verify: bool = True) -> list[Case]:
 
 
 def find_cases(uri: str) -> list[Case]:
-    """The cases below a URI by their names, not opened yet, with their folds."""
-    cases = [named(files) for files in layout.find_files(uri)]
-    return with_folds(cases)
+    """The cases below a URI as their names say, with their folds; not opened yet.
+
+    Example:
+        >>> for end in ("flair", "t1", "t1ce", "t2", "seg"):
+        ...     storage.write_bytes(f"tree/BraTS2021_00000/BraTS2021_00000_{end}.nii.gz", b"")
+        >>> [(case.case_id, case.fold, case.status) for case in find_cases("tree")]
+        [('BraTS2021_00000', 0, 'ok')]
+    """
+    return with_folds([case_of(files) for files in layout.find_files(uri)])
 
 
-def named(files: layout.Files) -> Case:
-    """A case by its names: not opened, without a fold."""
+def case_of(files: layout.Files) -> Case:
+    """The case of some files: not opened, without a fold.
+
+    Example:
+        >>> uris = ("flair.nii", "t1.nii", "", "t2.nii")
+        >>> files = layout.Files("BraTS-GLI-00005-101", "2023", "brats", uris, None, (1, 2, 3))
+        >>> case = case_of(files)
+        >>> case.subject, case.status, case.reason
+        ('BraTS-GLI-00005', 'incomplete', 'no t1ce file')
+    """
     parts = files.case_id.split("-")
     repeated = len(parts) == 4 and parts[0].lower() == "brats" and parts[-1].isdigit()
     case = Case(
@@ -93,7 +122,9 @@ def named(files: layout.Files) -> Case:
     )
     if files.problem:
         return replace(case, status=BAD, reason=files.problem)
-    return replace(case, status=INCOMPLETE, reason=_lacks(case, ())) if case.missing else case
+    return (
+        replace(case, status=INCOMPLETE, reason=_why_incomplete(case, ())) if case.missing else case
+    )
 
 
 def with_folds(cases: Sequence[Case]) -> list[Case]:
@@ -101,6 +132,11 @@ def with_folds(cases: Sequence[Case]) -> list[Case]:
 
     Subjects are ordered by the sha256 of their name, so the folds do not depend on the order of
     the files.
+
+    Example:
+        >>> case = Case("a", "a", "2020", "brats", ("a.nii",), None, ())
+        >>> [c.fold for c in with_folds([replace(case, subject=name) for name in "aabc"])]
+        [2, 2, 1, 0]
     """
     subjects = sorted({c.subject for c in cases}, key=lambda s: hashlib.sha256(s.encode()).digest())
     fold = {subject: n % NUM_FOLDS for n, subject in enumerate(subjects)}
@@ -108,17 +144,24 @@ def with_folds(cases: Sequence[Case]) -> list[Case]:
 
 
 def verify_case(case: Case) -> Case:
-    """The case with everything that opening it shows; its status and reason if it is bad.
+    """The case with everything that opening it shows, or with status and reason if it is bad.
 
     Raises:
         StorageError: the store is out of reach, which says nothing about the case.
+
+    Example:
+        >>> from raybrats.phantom.phantom import write_phantoms
+        >>> case_ids = write_phantoms("phantoms", num_cases=1, shape=(24, 24, 20))
+        >>> case = verify_case(find_cases("phantoms")[0])
+        >>> case.status, case.shape, case.spacing_mm
+        ('ok', (24, 24, 20), (10.0, 10.0, 7.75))
     """
     if case.status == BAD:
         return case
     try:
         opened = open_case(case)
         prepared = prepare(opened.volumes, opened.labels)
-        inside = (prepared.image != prepared.background[:, None, None, None]).any(axis=0)
+        inside = (prepared.image != prepared.scaling.background[:, None, None, None]).any(axis=0)
         if not inside.any():
             raise DataError(f"{case.case_id}: every voxel is background; is the volume empty?")
     except (DataError, MissingObjectError, ChangedObjectError) as error:
@@ -127,7 +170,7 @@ def verify_case(case: Case) -> Case:
     if opened.labels is not None:
         counts = tuple(np.bincount(opened.labels.ravel(order="K"), minlength=4)[1:].tolist())
     brains = [volume[prepared.box][inside] for volume in opened.volumes]
-    reason = _lacks(case, brains)
+    reason = _why_incomplete(case, brains)
     sound = UNLABELLED if case.label_uri is None else OK
     return replace(
         case,
@@ -144,8 +187,8 @@ def verify_case(case: Case) -> Case:
     )
 
 
-def _lacks(case: Case, brains: Sequence[np.ndarray]) -> str:
-    """Which modalities of a sound case carry nothing: without a file, or one value everywhere."""
+def _why_incomplete(case: Case, brains: Sequence[np.ndarray]) -> str:
+    """Names the modalities of a sound case that carry nothing: no file, or one value everywhere."""
     flat = [m for m, brain in zip(MODALITIES, brains, strict=False) if brain.min() == brain.max()]
     constant = [modality for modality in flat if modality not in case.missing]
     found = [f"no {', '.join(case.missing)} file"] if case.missing else []
@@ -154,7 +197,13 @@ def _lacks(case: Case, brains: Sequence[np.ndarray]) -> str:
 
 
 def summary(cases: Sequence[Case]) -> dict[str, Any]:
-    """The counts that `raybrats index --json` prints."""
+    """The counts that `raybrats index --json` prints.
+
+    Example:
+        >>> case = Case("a", "a", "2020", "brats", ("a.nii",), "seg.nii", (1, 2, 4))
+        >>> summary([case])["ok"]
+        1
+    """
     editions: dict[str, int] = {}
     for case in cases:
         editions[case.edition] = editions.get(case.edition, 0) + 1

@@ -18,7 +18,7 @@ from raybrats import storage
 from raybrats.brats import EDITIONS, MODALITIES
 from raybrats.data.cohort import dataset_json
 from raybrats.data.cohort.dataset_json import MODALITY_NAMES
-from raybrats.data.cohort.source import image_uri
+from raybrats.data.cohort.source import img_uri
 from raybrats.errors import DataError
 
 _VOLUME = re.compile(r"\.(nii|hdr)(\.gz)?$", re.IGNORECASE)
@@ -30,18 +30,18 @@ _CASE_355_LABELS = re.compile(r"segm?$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one case as their names tell it; not opened yet."""
+    """The files of one case as their names say; not opened yet."""
 
     case_id: str
     edition: str
     layout: str
     image_uris: tuple[str, ...]
-    """One a modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
+    """One per modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
     label_uri: str | None
     label_values: tuple[int, int, int]
     """Values of NCR, ED and ET in the label file."""
     problem: str = ""
-    """What the names alone show to be wrong, but for missing modalities."""
+    """What the names alone show to be wrong, apart from missing modalities."""
 
 
 def find_files(uri: str) -> list[Files]:
@@ -50,6 +50,12 @@ def find_files(uri: str) -> list[Files]:
     Raises:
         DataError: there is none, or a dataset.json cannot be understood.
         StorageError: there is nothing at the URI, or it is out of reach.
+
+    Example:
+        >>> for end in ("flair", "t1", "t1ce", "t2", "seg"):
+        ...     storage.write_bytes(f"tree/BraTS2021_00000/BraTS2021_00000_{end}.nii.gz", b"")
+        >>> [(files.case_id, files.edition, files.problem) for files in find_files("tree")]
+        [('BraTS2021_00000', '2021', '')]
     """
     uri = storage.absolute(uri)
     storage.require(uri)
@@ -68,34 +74,59 @@ def find_files(uri: str) -> list[Files]:
     found += _folder_cases(volumes)
     if not found:
         raise DataError(f"{uri}: no BraTS case found in {len(objects)} files; see README, layouts")
-    found = [_within(files, uri) for files in _without_twins(found)]
+    found = [_confined(files, uri) for files in _unique(found)]
     return sorted(found, key=lambda files: files.case_id)
 
 
 def stem(uri: str) -> str:
-    """File name without .nii, .hdr or either with .gz."""
+    """The file name without .nii, .hdr or either with .gz.
+
+    Example:
+        >>> stem("s3://bucket/case/BraTS2021_00000_t1.nii.gz")
+        'BraTS2021_00000_t1'
+    """
     return _VOLUME.sub("", storage.name(uri))
 
 
 def is_volume(uri: str) -> bool:
-    """Whether the name is that of a NIfTI file."""
+    """Whether the name is that of a NIfTI file.
+
+    Example:
+        >>> is_volume("case/t1.nii.gz"), is_volume("case/notes.txt"), is_volume("case/._t1.nii.gz")
+        (True, False, False)
+    """
     return bool(_VOLUME.search(uri)) and not storage.name(uri).startswith(".")
 
 
 def is_modality(uri: str) -> bool:
-    """Whether the name ends in a modality."""
+    """Whether the name ends in a modality.
+
+    Example:
+        >>> is_modality("BraTS2021_00000_t1ce.nii.gz"), is_modality("BraTS2021_00000_seg.nii.gz")
+        (True, False)
+    """
     match = _PART.match(stem(uri))
     return match is not None and match[3].lower() != "seg"
 
 
 def is_reference(uri: str) -> bool:
-    """Whether the name ends in `seg`, as the editions' own label files do."""
+    """Whether the name ends in `seg`, as the editions' own label files do.
+
+    Example:
+        >>> is_reference("BraTS2021_00000_seg.nii.gz"), is_reference("BraTS2021_00000.nii.gz")
+        (True, False)
+    """
     match = _PART.match(stem(uri))
     return match is not None and match[3].lower() == "seg"
 
 
 def case_id_of(label_uri: str) -> str:
-    """Case id that a label or prediction file is named by."""
+    """The case id in the name of a label or prediction file.
+
+    Example:
+        >>> case_id_of("BraTS2021_00000_seg.nii.gz"), case_id_of("predictions/BraTS2021_00000.nii")
+        ('BraTS2021_00000', 'BraTS2021_00000')
+    """
     return re.sub(r"[_-](seg|pred|prediction)$", "", stem(label_uri), flags=re.IGNORECASE)
 
 
@@ -111,11 +142,11 @@ def _links_out(name: str, root: str) -> bool:
     return linked and not path.resolve().is_relative_to(root)
 
 
-def _within(files: Files, root: str) -> Files:
+def _confined(files: Files, root: str) -> Files:
     """The case, with a problem if one of its files lies outside the tree."""
-    named = [uri for uri in (*files.image_uris, files.label_uri) if uri]
-    images = [image for uri in named if (image := image_uri(uri))]
-    out = [storage.name(uri) for uri in named + images if _links_out(uri, root)]
+    uris = [uri for uri in (*files.image_uris, files.label_uri) if uri]
+    images = [image for uri in uris if (image := img_uri(uri))]
+    out = [storage.name(uri) for uri in uris + images if _links_out(uri, root)]
     if not out or files.problem:
         return files
     problem = f"{out[0]} links out of {root}; copy it there, or index the tree that holds it"
@@ -123,6 +154,7 @@ def _within(files: Files, root: str) -> Files:
 
 
 def _folder_cases(volumes: list[str]) -> Iterator[Files]:
+    """Cases whose files are named by case id and modality, one folder each or together in one."""
     groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     strays: dict[str, list[str]] = {}
     for uri in volumes:
@@ -143,30 +175,35 @@ def _folder_cases(volumes: list[str]) -> Iterator[Files]:
 
 
 def _folder_case(case_id: str, parts: dict[str, list[str]]) -> Files:
+    """The case of an edition's own tree; the edition is told by the separator and the case id."""
     first = next(iter(parts.values()))[0]
-    edition = EDITIONS[_edition_of(case_id, stem(first))]
-    images = _in_order(parts)
+    if stem(first)[len(case_id) :].startswith("-"):
+        edition = EDITIONS["2023"]
+    else:
+        edition = EDITIONS["2021" if case_id.lower().startswith("brats2021") else "2020"]
     labels = parts.get("seg", [None])[0]
-    values = edition.label_values
-    return Files(case_id, edition.name, "brats", images, labels, values, _problem(parts))
+    return Files(
+        case_id=case_id,
+        edition=edition.name,
+        layout="brats",
+        image_uris=_in_order(parts),
+        label_uri=labels,
+        label_values=edition.label_values,
+        problem=_duplicates(parts),
+    )
 
 
 def _in_order(parts: Mapping[str, list[str]]) -> tuple[str, ...]:
+    """The first file of each modality, in the order of `MODALITIES`; empty for a missing one."""
     return tuple(parts.get(modality, [""])[0] for modality in MODALITIES)
 
 
-def _problem(parts: Mapping[str, list[str]]) -> str:
-    """What is there twice among the files of a case, which go by modality or `seg`."""
+def _duplicates(parts: Mapping[str, list[str]]) -> str:
+    """The first part (modality or `seg`) that has two files, as a problem; empty if none has."""
     for part, uris in parts.items():
         if len(uris) > 1:
             return f"two files for {part}: {', '.join(map(storage.name, uris))}; remove one"
     return ""
-
-
-def _edition_of(case_id: str, file_stem: str) -> str:
-    if file_stem[len(case_id) :][:1] == "-":
-        return "2023"
-    return "2021" if case_id.lower().startswith("brats2021") else "2020"
 
 
 def _dataset_cases(uri: str, inside: list[str]) -> Iterator[Files]:
@@ -181,19 +218,16 @@ def _dataset_cases(uri: str, inside: list[str]) -> Iterator[Files]:
     numbered = [name for name in images if _CHANNEL.search(stem(name))]
     if not numbered and order != tuple(range(len(MODALITIES))):
         raise DataError(f"{uri}: channels {order} of {MODALITIES}; expected FLAIR, T1w, T1gd, T2w")
-    cases = _nnunet_cases(numbered, order) if numbered else _decathlon_cases(images)
+    if numbered:
+        cases = _nnunet_cases(numbered, order)
+    else:
+        cases = ((stem(name), (name,), "") for name in images)
     kind = "nnunet" if numbered else "msd"
     for case_id, uris, problem in cases:
         masks = labels.get(case_id, [])
         if len(masks) > 1:
-            problem = _problem({"seg": masks})
+            problem = _duplicates({"seg": masks})
         yield Files(case_id, kind, kind, uris, masks[0] if masks else None, values, problem)
-
-
-def _decathlon_cases(images: list[str]) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Case id, its one file, and no problem."""
-    for name in images:
-        yield stem(name), (name,), ""
 
 
 def _nnunet_cases(
@@ -208,11 +242,11 @@ def _nnunet_cases(
             parts = groups.setdefault(case_id, {})
             parts.setdefault(modality[int(channel)], []).append(name)
     for case_id, parts in groups.items():
-        yield case_id, _in_order(parts), _problem(parts)
+        yield case_id, _in_order(parts), _duplicates(parts)
 
 
-def _without_twins(found: list[Files]) -> list[Files]:
-    """One entry a case id; an id found in two places becomes a problem."""
+def _unique(found: list[Files]) -> list[Files]:
+    """One entry per case id; an id found in two places becomes a problem."""
     unique: dict[str, Files] = {}
     for files in found:
         first = unique.get(files.case_id)

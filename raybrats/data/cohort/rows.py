@@ -13,12 +13,22 @@ from raybrats.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_NO_NAME = re.compile(r"[/\\\x00-\x1f]|^\.")
-"""In a case id, which names the files of its predictions."""
+_NOT_A_NAME = re.compile(r"[/\\\x00-\x1f]|^\.")
+"""What no case id has, for the files of its predictions are named by it."""
 
 
 def write_cohort(cases: Iterable[Case], uri: str) -> None:
-    """Writes the rows as a Parquet file."""
+    """Writes the cases as the rows of a Parquet file.
+
+    Raises:
+        StorageError: it cannot be written.
+
+    Example:
+        >>> case = Case("a", "a", "2020", "brats", ("a.nii",), "seg.nii", (1, 2, 4), fold=0)
+        >>> write_cohort([case], "cohort.parquet")
+        >>> read_cohort("cohort.parquet") == [case]
+        True
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -28,10 +38,16 @@ def write_cohort(cases: Iterable[Case], uri: str) -> None:
 
 
 def read_cohort(uri: str) -> list[Case]:
-    """The rows of a Parquet file.
+    """The cases in the rows of a Parquet file.
 
     Raises:
         DataError: not a cohort file, or rows that contradict each other (edited by hand, joined).
+        StorageError: it is missing or out of reach.
+
+    Example:
+        >>> write_cohort([], "empty.parquet")
+        >>> read_cohort("empty.parquet")
+        []
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -53,16 +69,17 @@ def _check_rows(cases: Sequence[Case], uri: str) -> None:
     ids: set[str] = set()
     folds: dict[str, int] = {}
     for case in cases:
-        if not case.case_id or _NO_NAME.search(case.case_id):
+        num_files = len(case.image_uris) + (case.label_uri is not None)
+        if not case.case_id or _NOT_A_NAME.search(case.case_id):
             problem = f"case id {case.case_id!r} is no file name"
         elif case.case_id in ids:
             problem = f"case {case.case_id} has two rows"
         elif folds.setdefault(case.subject, case.fold) != case.fold:
             both = f"{folds[case.subject]} and {case.fold}"
             problem = f"subject {case.subject} is in folds {both}, so one side would know the other"
-        elif not _holds(case.shape, case.box):
+        elif not _within(case.box, case.shape):
             problem = f"case {case.case_id} has box {case.box} in a shape of {case.shape}"
-        elif any(0 < len(told) < _num_files(case) for told in (case.sizes, case.digests)):
+        elif any(0 < len(facts) < num_files for facts in (case.sizes, case.digests)):
             problem = f"case {case.case_id} has fewer sizes or digests than files"
         else:
             ids.add(case.case_id)
@@ -70,7 +87,7 @@ def _check_rows(cases: Sequence[Case], uri: str) -> None:
         raise DataError(f"{uri}: {problem}; repair the rows, or make it anew by `raybrats index`")
 
 
-def _holds(shape: Sequence[int] | None, box: Sequence[int] | None) -> bool:
+def _within(box: Sequence[int] | None, shape: Sequence[int] | None) -> bool:
     """Whether a box, if there is one, lies within the volume."""
     if not box:
         return box is not None
@@ -79,14 +96,11 @@ def _holds(shape: Sequence[int] | None, box: Sequence[int] | None) -> bool:
     return all(0 <= a < b <= n for a, b, n in zip(box[::2], box[1::2], shape, strict=True))
 
 
-def _num_files(case: Case) -> int:
-    return len(case.image_uris) + (case.label_uri is not None)
-
-
 def _schema() -> "pa.Schema":
     """Column types of the cohort file, read off the fields of `Case`."""
     import pyarrow as pa
 
     plain = {str: pa.string(), str | None: pa.string(), int: pa.int64(), float: pa.float64()}
     lists = {tuple[kind, ...]: pa.list_(plain[kind]) for kind in (str, int, float)}
-    return pa.schema([(f.name, (plain | lists)[f.type]) for f in fields(Case)])
+    columns: dict[object, pa.DataType] = {**plain, **lists}
+    return pa.schema([(f.name, columns[f.type]) for f in fields(Case)])

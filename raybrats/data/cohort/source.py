@@ -7,15 +7,17 @@ from raybrats import storage
 from raybrats.data.nifti.volume import Volume, decode, join_pair
 from raybrats.errors import ChangedObjectError
 
+_HEADER = re.compile(r"hdr(\.gz)?$", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Source:
     """One volume as it is stored."""
 
     uri: str
-    """Of the .hdr, where there is one."""
+    """URI of the file, or of the .hdr of a pair."""
     parts: tuple[bytes, ...]
-    """The file, or the header's and the image's."""
+    """Bytes of the file, or of the .hdr and the .img."""
 
     @property
     def size(self) -> int:
@@ -24,14 +26,14 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """BLAKE3 of all parts, one behind the other."""
+        """BLAKE3 of all parts, one after the other."""
         return storage.digest_of(self.parts[0] if len(self.parts) == 1 else b"".join(self.parts))
 
     def volume(self) -> Volume:
-        """Decoded.
+        """The volume that the bytes hold.
 
         Raises:
-            DataError: damaged, or not NIfTI.
+            DataError: the bytes are damaged, or not NIfTI.
         """
         name = storage.name(self.uri)
         if len(self.parts) == 1:
@@ -44,8 +46,14 @@ def read(uri: str, *, size: int | None = None, digest: str | None = None) -> Sou
 
     Raises:
         StorageError: an object is missing, refused, out of reach, or not the bytes recorded.
+
+    Example:
+        >>> storage.write_bytes("case/t1.hdr", b"header")
+        >>> storage.write_bytes("case/t1.img", b"voxels")
+        >>> read("case/t1.hdr").size
+        12
     """
-    image = image_uri(uri)
+    image = img_uri(uri)
     if image is None:
         return Source(uri, (storage.read_bytes(uri, size=size, digest=digest),))
     pair = Source(uri, (storage.read_bytes(uri), storage.read_bytes(image)))
@@ -55,11 +63,13 @@ def read(uri: str, *, size: int | None = None, digest: str | None = None) -> Sou
     return pair
 
 
-_HEADER = re.compile(r"hdr(\.gz)?$", re.IGNORECASE)
+def img_uri(uri: str) -> str | None:
+    """URI of the .img that belongs to a .hdr; None for a file that holds its own voxels.
 
-
-def image_uri(uri: str) -> str | None:
-    """Where the voxels of a .hdr file lie; None for a file that holds its own."""
+    Example:
+        >>> img_uri("s3://bucket/case/t1.hdr.gz"), img_uri("s3://bucket/case/t1.nii.gz")
+        ('s3://bucket/case/t1.img.gz', None)
+    """
     match = _HEADER.search(uri)
     if match is None:
         return None

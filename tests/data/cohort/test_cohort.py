@@ -20,6 +20,7 @@ from raybrats.data.cohort.case import Case, open_case, prepare_case
 from raybrats.data.cohort.index import find_cases, summary, verify_case, with_folds
 from raybrats.data.cohort.rows import read_cohort, write_cohort
 from raybrats.data.cohort.usable import quarantined
+from raybrats.data.prepare import Prepared
 from raybrats.errors import ChangedObjectError, DataError, MissingObjectError
 from raybrats.phantom.phantom import make_phantom, write_phantoms
 
@@ -362,6 +363,12 @@ def test_a_case_without_any_wanted_file_is_refused(one: Path):
         open_case(case, ("flair",))
 
 
+def assert_equal(one: Prepared, other: Prepared):
+    for mine, others in ((one, other), (one.scaling, other.scaling)):
+        for name, value in vars(mine).items():
+            assert name == "scaling" or np.array_equal(getattr(others, name), value), name
+
+
 @pytest.mark.parametrize("lost", [("seg",), ("flair", "t1"), ("flair", "t1", "t1ce", "t2"), "all"])
 @pytest.mark.parametrize("absent", [None, "t1ce"])
 def test_an_indexed_case_opened_file_by_file_is_the_case_opened_at_once(
@@ -375,8 +382,7 @@ def test_an_indexed_case_opened_file_by_file_is_the_case_opened_at_once(
     indexed = verify_case(found)
     assert indexed.status == ("incomplete" if absent else "ok")
     at_once, by_file = (prepare_case(c, DataConfig()) for c in (found, indexed))
-    for name, value in vars(at_once).items():
-        assert np.array_equal(getattr(by_file, name), value), name
+    assert_equal(by_file, at_once)
 
 
 def test_an_indexed_4d_case_is_that_of_its_file(trees: Path):
@@ -384,8 +390,7 @@ def test_an_indexed_4d_case_is_that_of_its_file(trees: Path):
     at_once, by_row = (
         prepare_case(c, DataConfig(modalities=("t2", "flair"))) for c in (found, verify_case(found))
     )
-    for name, value in vars(at_once).items():
-        assert np.array_equal(getattr(by_row, name), value), name
+    assert_equal(by_row, at_once)
 
 
 def test_a_row_whose_shape_is_not_that_of_the_files_is_refused(one: Path):
