@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -148,6 +149,29 @@ def test_an_unknown_model_is_an_error_in_one_line(config, history, uri):
 def test_what_is_no_model_uri_is_refused(config, uri):
     with pytest.raises(UsageError, match="models:/NAME"):
         load.resolve(uri, config.tracking.uri)
+
+
+FOREIGN = """
+import mlflow, numpy as np
+
+class Echo(mlflow.pyfunc.PythonModel):
+    def predict(self, model_input: np.ndarray) -> np.ndarray:
+        return model_input
+
+mlflow.models.set_model(Echo())
+"""
+
+
+def test_a_model_of_another_program_is_refused(config, tmp_path):
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    run, name = tracking.start(config), "foreign"
+    with tracking.default_server(run.uri), mlflow.start_run(run_id=run.run_id):
+        code = str(tmp_path / "foreign.py")
+        mlflow.pyfunc.log_model(
+            name="model", python_model=code, pip_requirements=[], registered_model_name=name
+        )
+    with pytest.raises(UsageError, match=r"^models:/foreign/1: not a model that raybrats"):
+        load.load("models:/foreign/1", run.uri)
 
 
 def test_an_unknown_name_has_no_versions(config):
