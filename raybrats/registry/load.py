@@ -8,7 +8,8 @@ import mlflow
 from mlflow import MlflowClient
 
 from raybrats.errors import UsageError
-from raybrats.registry.tracking import default_server, tracking_errors
+from raybrats.registry.server import tracking_errors
+from raybrats.registry.tracking import default_server
 
 
 @dataclass(frozen=True)

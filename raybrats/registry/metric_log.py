@@ -9,8 +9,9 @@ from mlflow.entities import Metric
 
 from raybrats.errors import StorageError
 from raybrats.registry import spool
+from raybrats.registry.server import check_reachable, one_line, tracking_errors
 from raybrats.registry.spool import Row
-from raybrats.registry.tracking import Run, check_reachable, one_line, tracking_errors
+from raybrats.registry.tracking import Run
 
 _BATCH = 1000
 """Rows in a request: MLflow takes no more."""

@@ -15,10 +15,10 @@ from mlflow import MlflowClient
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-import raybrats
 from raybrats.config import TrainConfig, to_json
 from raybrats.errors import RegistrationError, TrackingError
-from raybrats.registry.tracking import Run, default_server, tracking_errors
+from raybrats.registry.server import tracking_errors
+from raybrats.registry.tracking import Run, default_server
 from raybrats.train import checkpoint
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -108,7 +108,7 @@ def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
             name="model",
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"weights": str(weights), "config": str(settings)},
-            code_paths=[str(Path(raybrats.__file__).parent)],
+            code_paths=[str(Path(__file__).parents[1])],
             pip_requirements=[
                 f"{package}=={importlib.metadata.version(package)}"
                 for package in _REQUIREMENTS
