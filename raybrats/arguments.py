@@ -1,6 +1,7 @@
-"""What may stand on the command line: the options of each verb, and parsing in plain words."""
+"""Words of the command line -> the options of each verb; complaints in one plain line."""
 
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -9,12 +10,13 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from raybrats.config import TrainConfig
+from raybrats.config import TrainConfig, from_json
 from raybrats.errors import UsageError
 from raybrats.recipes import RECIPES, recipe
 
 T = TypeVar("T")
 Positional = tyro.conf.Positional
+_HELP = frozenset(("-h", "--help"))
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,26 @@ class Tune:
     trials: int = 8
     space: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """FIELD=KIND(...), once a field; KIND is uniform, loguniform, quniform, randint or choice."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Segment one patient, whose files may have any names."""
+
+    model: Positional[str]
+    """models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint, or a run (its best checkpoint)."""
+    flair: str = ""
+    """FLAIR volume, .nii or .nii.gz: a local path or an s3:// URI, as the others."""
+    t1: str = ""
+    t1ce: str = ""
+    """T1 volume with contrast medium."""
+    t2: str = ""
+    out: str = "segmentation.nii.gz"
+    """Label file, .nii or .nii.gz, in the grid of the first volume: 1 NCR, 2 ED, 3 ET."""
+    resample: bool = False
+    """Whether volumes on other grids are resampled onto that of the first."""
+    tracking_uri: str = ""
+    """MLflow server; empty: MLFLOW_TRACKING_URI, else runs/mlflow.db."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +126,72 @@ class Demo:
 
 
 def config_of(verb: str, args: Sequence[str]) -> TrainConfig:
-    """The recipe named first, with the fields that follow changed."""
-    if not args or (args[0].startswith("-") and args[0] not in ("-h", "--help")):
-        raise UsageError(f"raybrats {verb} RECIPE [--field value]; recipes: {', '.join(RECIPES)}")
+    """The recipe named first, or the run of `--config FILE`, with the fields that follow changed.
+
+    Raises:
+        UsageError: there is no such recipe, the file is none of a run, or an option does not fit.
+        StorageError: the file is missing or out of reach.
+
+    Example:
+        >>> config_of("train", ["tiny", "--optim.steps", "20"]).optim.steps
+        20
+    """
+    prog, (uri, args) = f"raybrats {verb}", _config_option(args)
+    if uri:
+        config = read_config(uri)
+        if args and not args[0].startswith("-"):
+            raise UsageError(f"{prog}: the recipe {args[0]!r} or --config, not both")
+        return _parsed(lambda: tyro.cli(TrainConfig, default=config, prog=prog, args=args))
+    if not args or (args[0].startswith("-") and args[0] not in _HELP):
+        names = ", ".join(RECIPES)
+        raise UsageError(f"{prog} RECIPE [--field value], or --config FILE; recipes: {names}")
     if not args[0].startswith("-"):
         recipe(args[0])
-    choices = {name: ((make.__doc__ or "").strip(), make()) for name, make in RECIPES.items()}
-    prog = f"raybrats {verb}"
-    return _told(lambda: tyro.extras.overridable_config_cli(choices, prog=prog, args=args))
+    choices = {
+        name: ((make.__doc__ or "").splitlines()[0], make()) for name, make in RECIPES.items()
+    }
+    text = "A recipe, or --config FILE with the config.json of a run, a checkpoint or MLflow."
+    return _parsed(
+        lambda: tyro.extras.overridable_config_cli(choices, prog=prog, description=text, args=args)
+    )
+
+
+def _config_option(args: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of --config, empty if there is none, and the other words."""
+    words = [
+        part for arg in args for part in (arg.split("=", 1) if arg[:9] == "--config=" else [arg])
+    ]
+    if "--config" not in words:
+        return "", words
+    place = words.index("--config")
+    if not words[place + 1 : place + 2]:
+        raise UsageError("--config: expected a file")
+    return words[place + 1], words[:place] + words[place + 2 :]
+
+
+def read_config(uri: str) -> TrainConfig:
+    """The run in a file: the config.json of a checkpoint or of MLflow, or the run.json of a run.
+
+    Raises:
+        UsageError: the file is neither.
+        StorageError: it is missing or out of reach.
+
+    Example:
+        >>> from raybrats import recipes, storage
+        >>> from raybrats.config import to_json
+        >>> storage.write_bytes("config.json", to_json(recipes.tiny()).encode())
+        >>> read_config("config.json").recipe
+        'tiny'
+    """
+    from raybrats import storage  # not for help and typos
+
+    text = storage.read_bytes(uri).decode(errors="replace")
+    try:
+        tree = json.loads(text)
+        is_record = isinstance(tree, dict) and "mlflow_run_id" in tree and "config" in tree
+        return from_json(json.dumps(tree["config"]) if is_record else text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--config {uri}: not the configuration of a run ({error})") from None
 
 
 def parse(kind: type[T], verb: str, args: Sequence[str]) -> T:
@@ -119,33 +199,45 @@ def parse(kind: type[T], verb: str, args: Sequence[str]) -> T:
 
     Raises:
         UsageError: an option is unknown, missing or does not fit.
+
+    Example:
+        >>> parse(Predict, "predict", ["models:/raybrats@champion", "cohort.parquet"]).out
+        'predictions'
     """
-    return _told(lambda: tyro.cli(kind, prog=f"raybrats {verb}", args=args))
+    return _parsed(lambda: tyro.cli(kind, prog=f"raybrats {verb}", args=args))
 
 
 def parse_known(kind: type[T], verb: str, args: Sequence[str]) -> tuple[T, list[str]]:
-    """The options of a verb, and the words that are not among them."""
-    if {"-h", "--help"} & set(args):
+    """The options of a verb, and the words that are not among them.
+
+    Raises:
+        UsageError: an option does not fit.
+
+    Example:
+        >>> parse_known(Tune, "tune", ["tiny", "--trials", "4"])
+        (Tune(trials=4, space=[]), ['tiny'])
+    """
+    if not _HELP.isdisjoint(args):
         return parse(kind, verb, ["--help"]), []
-    return _told(
+    return _parsed(
         lambda: tyro.cli(kind, prog=f"raybrats {verb}", args=args, return_unknown_args=True)
     )
 
 
-def _told(parse: Callable[[], T]) -> T:
+def _parsed(parse: Callable[[], T]) -> T:
     """What the parser returns; its complaint, a box of several lines, as one line."""
-    said = io.StringIO()
+    complaint = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(complaint):
             return parse()
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise UsageError(_one_line(said.getvalue())) from None
+        raise UsageError(_one_line(complaint.getvalue())) from None
 
 
 def _one_line(box: str) -> str:
-    """What a boxed complaint says, without its frame, its title and its pointers to the help."""
+    """The words of a boxed complaint, without its frame, its title and its pointers to the help."""
     lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()]
     text = " ".join([line for line in lines if line][1:] or lines)
     text = re.split(r" (Argument helptext:|For full helptext)", text)[0]

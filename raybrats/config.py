@@ -355,8 +355,8 @@ class RunConfig(Section):
     """Local path or s3:// URI under which runs are kept."""
     seed: int = 0
     resume: Literal["never", "auto", "must"] = "auto"
-    """Whether the run goes on with an earlier attempt of its name: `never` refuses one, `auto` takes
-    one where it is there, `must` requires one."""
+    """Whether the run goes on with an earlier attempt of its name: `never` refuses one, `auto`
+    takes one where it is there, `must` requires one."""
     save_every_steps: int = 250
     """Steps between checkpoints, beside those of validations."""
 

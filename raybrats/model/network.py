@@ -7,7 +7,7 @@ from monai.networks.nets import DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 
 from raybrats.brats import REGIONS
-from raybrats.config import NetworkConfig
+from raybrats.config import NetworkConfig, TrainConfig
 from raybrats.errors import CheckpointError
 
 
@@ -103,3 +103,20 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+
+
+def trained_network(config: TrainConfig, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The network of a run with its weights, for inference, on a GPU where there is one.
+
+    Raises:
+        CheckpointError: the weights are those of another network.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> weights = weights_of(build(tiny().network, 4))
+        >>> trained_network(tiny(), weights).training
+        False
+    """
+    network = build(config.network, len(config.data.modalities), config.spatial_dims)
+    load_weights(network, weights)
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -1,15 +1,20 @@
-"""A model's name -> its version -> the model, loaded; and the list of a model's versions."""
+"""A registered model, a checkpoint or a run -> the model, loaded; and a model's versions."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import mlflow
+import numpy as np
 from mlflow import MlflowClient
 
-from raybrats.errors import UsageError
+from raybrats.errors import CheckpointError, UsageError
+from raybrats.model.inference import segment
+from raybrats.model.network import trained_network
 from raybrats.registry.server import tracking_errors
 from raybrats.registry.tracking import default_server
+from raybrats.train import checkpoint, manifest
 
 
 @dataclass(frozen=True)
@@ -17,10 +22,10 @@ class Model:
     """A model that segments cases."""
 
     name: str
-    """`models:/name/version`, whichever way it was looked up."""
+    """`models:/name/version`, whichever way it was looked up, or the URI of a checkpoint."""
     modalities: tuple[str, ...]
     """Modalities that it takes, in the order of its input's first axis."""
-    predict: Any
+    predict: Callable[[np.ndarray], np.ndarray]
     """Function from a raw case, float32 (modality, i, j, k), to its labels, uint8 (i, j, k)."""
     takes_incomplete: bool
     """Whether it was trained with modalities dropped, so that one may be missing."""
@@ -44,7 +49,52 @@ def load(model_uri: str, tracking_uri: str) -> Model:
     if "modalities" not in described:
         raise UsageError(f"{name}: not a model that raybrats registered")
     dropped = described.get("drop_modality", 0) > 0
-    return Model(name, tuple(described["modalities"]), loaded.predict, dropped)
+
+    def predict(image: np.ndarray) -> np.ndarray:
+        return np.asarray(loaded.predict(image))  # as it is: MLflow's types allow for tables
+
+    return Model(name, tuple(described["modalities"]), predict, dropped)
+
+
+def load_checkpoint(uri: str) -> Model:
+    """The model of a checkpoint, `<run>/checkpoints/step-00000150`; only what it needs is read.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        StorageError: it is out of reach.
+
+    Example:
+        >>> model = load_checkpoint("runs/one/checkpoints/step-00000150")  # doctest: +SKIP
+        >>> labels = model.predict(np.stack([flair, t1, t1ce, t2]))  # doctest: +SKIP
+    """
+    found = checkpoint.read_network(uri)
+    config = found.config
+    network = trained_network(config, found.weights)
+    predict = partial(segment, network, config)
+    return Model(uri, config.data.modalities, predict, config.augment.drop_modality > 0)
+
+
+def load_run(run_uri: str) -> Model:
+    """The model of a run's best checkpoint, or of its newest where none was validated.
+
+    Checkpoints that do not verify are passed over.
+
+    Raises:
+        CheckpointError: the run has no checkpoint that can be loaded.
+        StorageError: it is out of reach.
+
+    Example:
+        >>> load_run("s3://bucket/runs/one").name  # doctest: +SKIP
+        's3://bucket/runs/one/checkpoints/step-00000150'
+    """
+    written = manifest.written(run_uri)
+    problem = "it has none"
+    for candidate in (*manifest.ranked(written), *reversed(written)):
+        try:
+            return load_checkpoint(candidate.uri)
+        except CheckpointError as error:
+            problem = str(error)
+    raise CheckpointError(f"{run_uri}: no checkpoint that can be loaded ({problem})")
 
 
 def resolve(model_uri: str, tracking_uri: str) -> str:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
-import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from safetensors.torch import load_file
 
 from raybrats.config import from_json
 from raybrats.model.inference import segment
-from raybrats.model.network import build, load_weights
+from raybrats.model.network import trained_network
 
 
 class Segmenter(PythonModel):
@@ -22,11 +21,7 @@ class Segmenter(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Builds the network from the run's configuration and loads its weights."""
         self.config = from_json(Path(context.artifacts["config"]).read_text())
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        modalities, dims = self.config.data.modalities, self.config.spatial_dims
-        network = build(self.config.network, len(modalities), dims)
-        load_weights(network, load_file(context.artifacts["weights"]))
-        self.network = network.to(device).eval()
+        self.network = trained_network(self.config, load_file(context.artifacts["weights"]))
 
     # MLflow's signature has a context, which by its docstring may be left out.
     def predict(self, model_input: np.ndarray) -> np.ndarray:  # ty: ignore[incompatible-method-override]
