@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -22,8 +21,8 @@ from raybrats.config import (
     TrainConfig,
     ValidationConfig,
 )
-from raybrats.data.batch import Batch
-from raybrats.data.patch import PatchRule, draw_patch
+from raybrats.data.batch import Batch, collate
+from raybrats.data.patch import PatchRule, draw_patch, to_row
 from raybrats.data.plan import Plan
 from raybrats.data.prepare import Prepared, prepare
 from raybrats.phantom.phantom import make_phantom
@@ -77,12 +76,9 @@ def batches(config: TrainConfig, cases: list[Prepared], ranks: tuple[int, int, i
         rows = []
         for visit in visits:
             case, (draw,) = cases[visit.case], visit.draws
-            cut = draw_patch(case, rule, draw=draw, case=visit.case, turn=visit.turn)
-            names = ("gain", "bias", "low", "high", "background")
-            arrays = {name: getattr(case, name) for name in names}
-            rows.append({"image": cut[0], "labels": cut[1], "draw": draw, **arrays})
-        columns = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        yield Batch(**{name: torch.from_numpy(column) for name, column in columns.items()})
+            patch = draw_patch(case, rule, draw=draw, case=visit.case, ordinal=visit.ordinal)
+            rows.append(to_row(case, patch, draw))
+        yield collate(rows)
 
 
 def train_rank(

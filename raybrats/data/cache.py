@@ -1,7 +1,7 @@
 """Prepared cases on the node's own disk, shared by all workers, trials and jobs of the node.
 
-An entry is one safetensors file, written aside and renamed, and read as a memory map, so a patch
-costs a copy of its own bytes. Whatever fails here costs speed, never a run.
+An entry is one file, written aside and renamed, and read as a memory map, so a patch costs a copy
+of its own bytes. Whatever fails here costs speed, never a run.
 """
 
 import fcntl
@@ -15,44 +15,46 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 
-import deflate
-import numpy as np
-
 from raybrats.config import DataConfig
 from raybrats.data.cohort.case import Case, prepare_case
+from raybrats.data.entry import decode, encode
 from raybrats.data.nifti.memory import keep_freed
 from raybrats.data.prepare import Prepared
 
 VERSION = 2
-"""Of what `prepare` makes and how it is kept; entries of another one are not found."""
+"""Version of what `prepare` makes and how it is kept; entries of another one are not found."""
 _REST_S = 60.0
-"""Until a process tries again to write after the disk was full."""
+"""Seconds until a process tries again to write after the disk was full."""
 _STALE_S = 3600.0
-"""Age of a file written aside whose writer is taken for dead."""
+"""Seconds after which the writer of a file written aside is taken for dead."""
 _LOCKS = 256
-"""Cases that are prepared at once on a node, at most; two of one lock wait for each other."""
+"""Most cases that are prepared at once on a node; two of one lock wait for each other."""
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 """Names of entries; whatever else lies in the folder is not ours to remove."""
-_FREE_SHARE = 0.06
-"""Of the disk that is left free; Ray itself stops spilling when 5 % are."""
+_FREE_FRACTION = 0.06
+"""Fraction of the disk that is left free; Ray itself stops spilling when 5 % are."""
 _OPEN = 16
-"""Cases that a process keeps mapped, for opening one costs more than a small patch. Bounds the
-disk space of entries that were removed meanwhile, and the page tables: 60 KB a case."""
-_DTYPES = {"I64": "<i8", "I32": "<i4", "F32": "<f4", "I16": "<i2", "U8": "|u1"}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""Cases that a process keeps mapped, for opening one costs more than a small patch. The number
+bounds the disk space of entries that were removed meanwhile, and the page tables: 60 KB a case."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of some look-ups."""
+    """What became of some look-ups; tallies add up.
+
+    Example:
+        >>> Tally(hits=3) + Tally(hits=1, misses=2)
+        Tally(hits=4, misses=2, evicted=0, damaged=0, failed=0)
+    """
 
     hits: int = 0
+    """Cases that the cache had."""
     misses: int = 0
     """Cases that were read from their source and prepared."""
     evicted: int = 0
@@ -73,7 +75,8 @@ class _Process:
     verified: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     """Inode, time and size of the entries whose digest it has compared, by name."""
     resting_until: float = 0.0
-    told: bool = False
+    """Time of the monotonic clock before which it does not try to write."""
+    warned: bool = False
 
 
 _process = _Process()
@@ -88,6 +91,15 @@ def prepared(case: Case, data: DataConfig) -> tuple[Prepared, Tally]:
     Raises:
         DataError: the case is damaged.
         StorageError: its source is out of reach or has changed.
+
+    Example:
+        >>> from raybrats.data.cohort.index import find_cases, verify_case
+        >>> from raybrats.phantom.phantom import write_phantoms
+        >>> _ = write_phantoms("heads", num_cases=1, shape=(24, 24, 20))
+        >>> case = verify_case(find_cases("heads")[0])
+        >>> data = DataConfig(cache_dir=os.path.abspath("cache"))
+        >>> [prepared(case, data)[1].hits for _ in range(2)]
+        [0, 1]
     """
     keep_freed()  # for the patches, too
     if not data.cache_gb or not case.digests:
@@ -100,14 +112,14 @@ def prepared(case: Case, data: DataConfig) -> tuple[Prepared, Tally]:
             return found, Tally(hits=1)
         lock = _lock(folder / f"lock-{int(entry.name[:8], 16) % _LOCKS}")
         with lock:
-            return _made(case, data, entry, Tally(damaged=damaged))
+            return _make(case, data, entry, Tally(damaged=damaged))
     except OSError as error:
-        _tell(error)
+        _warn_once(error)
         return prepare_case(case, data), Tally(misses=1, failed=1)
 
 
-def _made(case: Case, data: DataConfig, entry: Path, tally: Tally) -> tuple[Prepared, Tally]:
-    """The case once it is its turn: another process may have made it meanwhile."""
+def _make(case: Case, data: DataConfig, entry: Path, tally: Tally) -> tuple[Prepared, Tally]:
+    """The case, made by the holder of its lock, unless another process has made it meanwhile."""
     found, damaged = _read(entry)
     if found is not None:
         return found, tally + Tally(hits=1, damaged=damaged)
@@ -116,15 +128,15 @@ def _made(case: Case, data: DataConfig, entry: Path, tally: Tally) -> tuple[Prep
     if time.monotonic() < _process.resting_until:
         return made, tally + Tally(failed=1)
     try:
-        return made, tally + Tally(evicted=_keep(entry, made, int(data.cache_gb * 1e9)))
+        return made, tally + Tally(evicted=_write(entry, made, int(data.cache_gb * 1e9)))
     except OSError as error:
         _process.resting_until = time.monotonic() + _REST_S
-        _tell(error)
+        _warn_once(error)
         return made, tally + Tally(failed=1)
 
 
 def _folder(chosen: str) -> Path:
-    """The folder, made if need be, of this user alone.
+    """The folder, which is this user's alone; made if need be.
 
     Raises:
         OSError: it cannot be made, or belongs to another user, who could put anything there.
@@ -146,7 +158,7 @@ def _key(case: Case, data: DataConfig) -> str:
 
 
 def _read(entry: Path) -> tuple[Prepared | None, int]:
-    """The case of an entry, or None; and whether there was one that is damaged, now removed."""
+    """The case of an entry, or None; and the number, 0 or 1, of damaged ones that were removed."""
     try:
         stat = entry.stat()
         case = _mapped(entry, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
@@ -174,74 +186,34 @@ def _mapped(entry: Path, mark: tuple[int, int, int]) -> Prepared:
         if mark != (stat.st_ino, stat.st_mtime_ns, stat.st_size):
             raise FileNotFoundError(entry)
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    case = _unpacked(_arrays(mapped, verify=_process.verified.get(entry.name) != mark))
+    case = decode(mapped, verify=_process.verified.get(entry.name) != mark)
     _process.verified[entry.name] = mark
     return case
 
 
-def _arrays(mapped: mmap.mmap, verify: bool) -> dict[str, np.ndarray]:
-    """Views of the tensors of a safetensors file.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is not what was written.
-    """
-    start = 8 + int.from_bytes(mapped[:8], "little")
-    header = json.loads(mapped[8:start])
-    digests = header.pop("__metadata__")
-    arrays = {}
-    for name, told in header.items():
-        first, last = (start + offset for offset in told["data_offsets"])
-        if verify and deflate.crc32(memoryview(mapped)[first:last]) != int(digests[name]):
-            raise ValueError(f"{name} is damaged")
-        dtype = np.dtype(_DTYPES[told["dtype"]])
-        flat = np.frombuffer(mapped, dtype, (last - first) // dtype.itemsize, first)
-        arrays[name] = flat.reshape(told["shape"])
-    return arrays
-
-
-def _keep(entry: Path, case: Prepared, limit: int) -> int:
-    """Writes an entry; how many others were removed for it.
+def _write(entry: Path, case: Prepared, limit: int) -> int:
+    """Number of other entries that were removed to write this one.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in _packed(case).items()}
-    header = _header(arrays)
-    size = len(header) + sum(array.nbytes for array in arrays.values())
+    parts = encode(case)
+    size = sum(part.nbytes for part in parts)
     if size > limit:
         return 0
     disk = shutil.disk_usage(entry.parent)
-    if disk.free - size < _FREE_SHARE * disk.total:
+    if disk.free - size < _FREE_FRACTION * disk.total:
         raise OSError(f"{entry.parent}: {disk.free / 1e9:.1f} GB free, which is left to others")
     aside = entry.with_name(f"aside-{uuid.uuid4().hex}")
     try:
         with aside.open("xb") as file:
             os.fchmod(file.fileno(), 0o600)
-            for part in (header, *arrays.values()):
-                file.write(part)
+            file.writelines(parts)
         os.replace(aside, entry)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
     return _evict(entry.parent, limit)
-
-
-def _header(arrays: dict[str, np.ndarray]) -> bytes:
-    """How a safetensors file of the arrays begins, with their digests.
-
-    The library's own writer copies all bytes twice, 50 ms a case, or leaves files when killed.
-    """
-    told: dict[str, object] = {
-        "__metadata__": {name: str(deflate.crc32(array.ravel())) for name, array in arrays.items()}
-    }
-    end = 0
-    for name, array in arrays.items():
-        first, end = end, end + array.nbytes
-        dtype = _NAMES[array.dtype.newbyteorder("<").str]
-        told[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (first, end)}
-    text = json.dumps(told).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _evict(folder: Path, limit: int) -> int:
@@ -265,37 +237,15 @@ def _evict(folder: Path, limit: int) -> int:
     return removed
 
 
-def _packed(case: Prepared) -> dict[str, np.ndarray]:
-    """The case as arrays in memory order."""
-    box = np.array([(span.start, span.stop) for span in case.box], np.int64)
-    arrays = {**vars(case), "box": box, "shape": np.array(case.shape, np.int64)}
-    arrays["image"] = case.image.transpose(0, 3, 2, 1)
-    arrays["labels"] = np.empty(0, np.uint8) if case.labels is None else case.labels.T
-    widest_first = sorted(arrays, key=lambda name: -arrays[name].itemsize)
-    return {name: arrays[name] for name in widest_first}  # so that each is aligned
-
-
-def _unpacked(arrays: dict[str, np.ndarray]) -> Prepared:
-    i, j, k = (slice(int(first), int(last)) for first, last in arrays["box"])
-    labels, shape = arrays["labels"], tuple(arrays["shape"].tolist())
-    views = {
-        "image": arrays["image"].transpose(0, 3, 2, 1),
-        "labels": labels.T if labels.ndim == 3 else None,
-        "box": (i, j, k),
-        "shape": shape,
-    }
-    return Prepared(**{**arrays, **views})
-
-
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Generator[None]:
     """Holds a lock that the system lets go when the process dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _tell(error: Exception) -> None:
-    if not _process.told:
-        _process.told = True
+def _warn_once(error: Exception) -> None:
+    if not _process.warned:
+        _process.warned = True
         logging.getLogger(__name__).warning("cases are not cached on this node: %s", error)

@@ -12,6 +12,8 @@ from raybrats.data.prepare import Prepared
 
 Corner = tuple[int, int, int]
 Size = tuple[int, int, int]
+Row = dict[str, np.ndarray | int]
+"""A patch as it travels to a worker, where `collate` makes batches of rows."""
 
 _PLACE = 0
 """Purpose of the random numbers of a draw; changing its patch is another."""
@@ -23,8 +25,9 @@ class PatchRule:
 
     data: DataConfig
     size: Size
-    """(i, j, k) of every patch: `DataConfig.patch_size`, or that of `volume_size`."""
+    """Extent of every patch, (i, j, k): `DataConfig.patch_size`, or that of `volume_size`."""
     seed: int
+    """Seed of the run."""
 
 
 def volume_size(boxes: Iterable[tuple[int, ...]], stride: int) -> Size:
@@ -33,6 +36,10 @@ def volume_size(boxes: Iterable[tuple[int, ...]], stride: int) -> Size:
     Args:
         boxes: first and one-past-last voxel of i, j and k, as `Case.box` has them.
         stride: factor between the finest and the coarsest grid of the network.
+
+    Example:
+        >>> volume_size([(0, 33, 5, 20, 0, 16), (2, 22, 0, 30, 1, 9)], stride=16)
+        (48, 32, 16)
     """
     edges = np.array([np.reshape(box, (3, 2)) @ (-1, 1) for box in boxes]).max(axis=0)
     i, j, k = (int(-(-edge // stride) * stride) for edge in edges)
@@ -40,23 +47,31 @@ def volume_size(boxes: Iterable[tuple[int, ...]], stride: int) -> Size:
 
 
 def draw_patch(
-    prepared: Prepared, rule: PatchRule, *, draw: int, case: int, turn: int
+    prepared: Prepared, rule: PatchRule, *, draw: int, case: int, ordinal: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The patch of a draw: image int16 (modality, i, j, k) and labels uint8 (i, j, k).
 
-    The draw and the index of its case in the plan seed it; the turn, which counts the draws of the
-    case before this one, walks along grids and slices.
+    The draw and the index of its case in the plan seed it; the ordinal, which is the number of the
+    case's draws before this one, walks along grids and slices.
+
+    Example:
+        >>> from raybrats.data.prepare import prepare
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> image, labels = make_phantom(0, shape=(24, 24, 20))
+        >>> rule = PatchRule(DataConfig(), size=(16, 16, 16), seed=0)
+        >>> draw_patch(prepare(list(image), labels), rule, draw=7, case=0, ordinal=0)[0].shape
+        (4, 16, 16, 16)
     """
     sampling, shape = rule.data.sampling, prepared.image.shape[1:]
     if sampling == "slices":
         first = min(rule.data.first_slice, prepared.shape[2] - 1)
         count = min(rule.data.num_slices, prepared.shape[2] - first)
-        return cut_slice(prepared, first + _nth(turn, count, (rule.seed, case)), rule.size)
+        return cut_slice(prepared, first + _nth(ordinal, count, (rule.seed, case)), rule.size)
     if sampling == "volume":
         corner = _corner(np.subtract(shape, rule.size) // 2)
     elif sampling == "grid":
         corners = covering_grid(shape, rule.size, rule.data.grid_overlap)
-        corner = corners[_nth(turn, len(corners), (rule.seed, case))]
+        corner = corners[_nth(ordinal, len(corners), (rule.seed, case))]
     else:
         corner = choose_corner(prepared, rule, generator(rule.seed, draw, _PLACE))
     return cut(prepared, corner, rule.size)
@@ -65,8 +80,15 @@ def draw_patch(
 def choose_corner(prepared: Prepared, rule: PatchRule, rng: np.random.Generator) -> Corner:
     """First voxel of a random patch; negative along axes where the case is smaller than it.
 
-    A share of the draws is centred on tumour: a class drawn uniformly among those present, then
-    one of its voxels uniformly (nnU-Net), moved as far as needed to stay within the case.
+    A fraction of the draws is centred on tumour: a class is drawn uniformly among those present,
+    then one of its voxels uniformly (nnU-Net); the patch is moved as far as needed to stay within
+    the case.
+
+    Example:
+        >>> from raybrats.data.prepare import prepare
+        >>> whole = prepare([np.arange(64, dtype=np.int16).reshape(4, 4, 4)])
+        >>> choose_corner(whole, PatchRule(DataConfig(), (4, 4, 6), 0), np.random.default_rng(0))
+        (0, 0, -1)
     """
     shape = prepared.image.shape[1:]
     room = np.subtract(shape, rule.size)
@@ -83,7 +105,12 @@ def choose_corner(prepared: Prepared, rule: PatchRule, rng: np.random.Generator)
 
 
 def covering_grid(shape: tuple[int, ...], size: Size, overlap: float) -> list[Corner]:
-    """First voxels of the patches that cover a case, overlapping by this fraction or more."""
+    """First voxels of the patches that cover a case, overlapping by this fraction or more.
+
+    Example:
+        >>> covering_grid((10, 4, 4), (6, 4, 4), overlap=0.5)
+        [(0, 0, 0), (2, 0, 0), (4, 0, 0)]
+    """
     axes = []
     for length, edge in zip(shape, size, strict=True):
         room = length - edge
@@ -97,6 +124,12 @@ def cut(prepared: Prepared, corner: Corner, size: Size) -> tuple[np.ndarray, np.
     """Image (modality, i, j, k) and labels (i, j, k) of a patch; background beyond the case.
 
     Both are views of memory in which i lies closest, like those of the case.
+
+    Example:
+        >>> from raybrats.data.prepare import prepare
+        >>> whole = prepare([np.arange(64, dtype=np.int16).reshape(4, 4, 4)])
+        >>> cut(whole, (-1, 2, 3), (3, 1, 1))[0].ravel().tolist()
+        [0, 11, 27]
     """
     shape = prepared.image.shape[1:]
     source = tuple(
@@ -106,24 +139,45 @@ def cut(prepared: Prepared, corner: Corner, size: Size) -> tuple[np.ndarray, np.
     image = np.empty((len(prepared.image), *size[::-1]), np.int16).transpose(0, 3, 2, 1)
     labels = np.empty(size[::-1], np.uint8).T
     if any(span.stop - span.start < edge for span, edge in zip(source, size, strict=True)):
-        image[:] = prepared.background[:, None, None, None]
+        image[:] = prepared.scaling.background[:, None, None, None]
         labels[:] = 0
     image[:, *target] = prepared.image[:, *source]
     labels[target] = 0 if prepared.labels is None else prepared.labels[source]
     return image, labels
 
 
+def to_row(prepared: Prepared, patch: tuple[np.ndarray, np.ndarray], draw: int) -> Row:
+    """The row of a patch: image and labels in memory order, its case's scaling, and its draw.
+
+    Example:
+        >>> from raybrats.data.prepare import prepare
+        >>> whole = prepare([np.arange(64, dtype=np.int16).reshape(4, 4, 4)])
+        >>> list(to_row(whole, cut(whole, (0, 0, 0), (2, 2, 2)), draw=7))
+        ['image', 'labels', 'gain', 'bias', 'low', 'high', 'background', 'draw']
+    """
+    image, labels = patch
+    arrays = {"image": image.transpose(0, 3, 2, 1), "labels": labels.T}
+    return {**arrays, **vars(prepared.scaling), "draw": draw}
+
+
 def cut_slice(prepared: Prepared, k: int, size: Size) -> tuple[np.ndarray, np.ndarray]:
     """Slice k of the whole canonical volume, resized to (i, j, 1).
 
-    Voxels are interpolated linearly among those of the brain, the brain and the labels taken from
-    the nearest, so that its edge does not fade into the background.
+    Voxels are interpolated linearly among those of the brain; the brain and the labels are taken
+    from the nearest voxel, so that the edge does not fade into the background.
+
+    Example:
+        >>> from raybrats.data.prepare import prepare
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> case = prepare(*map(list, make_phantom(0, shape=(24, 24, 20))[:1]))
+        >>> cut_slice(case, k=10, size=(32, 32, 1))[0].shape
+        (4, 32, 32, 1)
     """
     frame = (*prepared.shape[:2], 1)
     corner = (-prepared.box[0].start, -prepared.box[1].start, k - prepared.box[2].start)
     if not 0 <= corner[2] < prepared.image.shape[3]:  # above or below the head
         image = np.zeros((len(prepared.image), *size), np.int16)
-        image[:] = prepared.background[:, None, None, None]
+        image[:] = prepared.scaling.background[:, None, None, None]
         return image, np.zeros(size, np.uint8)
     image, labels = cut(prepared, corner, frame)
     factors = (size[0] / frame[0], size[1] / frame[1])
@@ -131,7 +185,7 @@ def cut_slice(prepared: Prepared, k: int, size: Size) -> tuple[np.ndarray, np.nd
     def resized(plane: np.ndarray, order: int) -> np.ndarray:
         return ndimage.zoom(plane, factors, order=order, mode="nearest", grid_mode=True)
 
-    planes, outside = image[..., 0], prepared.background[:, None, None]
+    planes, outside = image[..., 0], prepared.scaling.background[:, None, None]
     brain = (planes != outside).any(axis=0)
     weight = resized(brain.astype(np.float32), 1)
     sums = np.stack([resized(plane.astype(np.float32) * brain, 1) for plane in planes])
@@ -141,9 +195,9 @@ def cut_slice(prepared: Prepared, k: int, size: Size) -> tuple[np.ndarray, np.nd
     return small[..., None], resized(labels[..., 0], 0)[..., None]
 
 
-def _nth(turn: int, count: int, key: tuple[int, ...]) -> int:
-    """The turn's place in a walk that visits all `count` places before it comes to one again."""
-    walk, place = divmod(turn, count)
+def _nth(ordinal: int, count: int, key: tuple[int, ...]) -> int:
+    """The nth place of a walk that visits all `count` places before it comes to one again."""
+    walk, place = divmod(ordinal, count)
     return int(np.random.default_rng((*key, walk)).permutation(count)[place])
 
 

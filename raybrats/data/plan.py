@@ -20,20 +20,28 @@ class Visit:
     """One opening of a case."""
 
     case: int
-    """Its index."""
+    """Index of the case."""
     draws: tuple[int, ...]
-    """The draws that it serves, one a step."""
-    turn: int
-    """How many draws of the case lie before these, in the whole run."""
+    """Draws that the visit serves, one a step."""
+    ordinal: int
+    """Number of the case's draws before these, in the whole run."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The order of the data of a whole run."""
+    """The order of the data of a whole run.
+
+    Example:
+        >>> plan = Plan(num_cases=3, global_batch=2, seed=0)
+        >>> [[v.draws for v in step] for step in plan.visits(rank=1, world=2, start=0, stop=3)]
+        [[(1,)], [(3,)], [(5,)]]
+        >>> plan.cases(step=0)
+        (2, 0)
+    """
 
     num_cases: int
     global_batch: int
-    """Draws a step, over all ranks."""
+    """Draws of a step, over all ranks."""
     seed: int
     patches_per_case: int = 1
     """Draws that one opening of a case serves."""
@@ -41,9 +49,9 @@ class Plan:
     def visits(
         self, *, rank: int, world: int, start: int, stop: int
     ) -> Iterator[tuple[Visit, ...]]:
-        """The visits of one rank for the steps start..stop; each tuple fills as many whole steps.
+        """The visits of one rank for the steps start..stop, each tuple filling whole steps.
 
-        That is `patches_per_case` steps, or fewer where start or stop lies between.
+        A tuple fills `patches_per_case` steps, or fewer where start or stop lies between.
         """
         first = start
         while first < stop:
@@ -61,20 +69,25 @@ class Plan:
     def _visit(self, window: int, place: int, steps: range) -> Visit:
         epoch, index = divmod(window * self.global_batch + place, self.num_cases)
         case = int(_order(self.num_cases, self.global_batch, self.seed, epoch)[index])
-        turn = epoch * self.patches_per_case + steps[0] % self.patches_per_case
-        return Visit(case, tuple(step * self.global_batch + place for step in steps), turn)
+        ordinal = epoch * self.patches_per_case + steps[0] % self.patches_per_case
+        return Visit(case, tuple(step * self.global_batch + place for step in steps), ordinal)
 
 
 def generator(seed: int, draw: int, purpose: int) -> np.random.Generator:
-    """Random numbers that belong to one draw; `purpose` keeps its uses independent."""
+    """Random numbers that belong to one draw; `purpose` keeps its uses independent.
+
+    Example:
+        >>> generator(1, 42, 0).random() == generator(1, 42, 0).random()
+        True
+    """
     return np.random.default_rng((seed, draw, purpose))
 
 
 @lru_cache(maxsize=4)
 def _order(num_cases: int, batch: int, seed: int, epoch: int) -> np.ndarray:
-    """The cases of an epoch; a step that begins in the epoch before holds none of its cases twice.
+    """The cases of an epoch, such that a step which begins in the epoch before holds none twice.
 
-    So it follows from the epoch before, back to the last one that began with a step.
+    So an order follows from that of the epoch before, back to the last one that began with a step.
     """
     order = np.empty(0, np.int64)
     since = epoch - epoch % (batch // math.gcd(num_cases, batch))

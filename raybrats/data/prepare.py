@@ -4,23 +4,57 @@ A prepared case keeps the file's integers. A few numbers a modality turn them in
 the device: gain * voxel + bias inside the brain, 0 outside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from raybrats.config import Normalisation
 from raybrats.errors import DataError
 
-if TYPE_CHECKING:
-    pass
-
 Box = tuple[slice, slice, slice]
+Shape = tuple[int, int, int]
+Array = TypeVar("Array")
+Other = TypeVar("Other")
 _INT16 = np.iinfo(np.int16)
 _OUTSIDE = _INT16.min
 """Background of quantised floats where it lies far from the brain: below all its voxels."""
 _TINY = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Scaling(Generic[Array]):
+    """Numbers that make network input of int16 voxels, one a modality.
+
+    Arrays are (modality,) where they belong to a case, tensors (batch, modality) on the device.
+    """
+
+    gain: Array
+    """Factor of the voxels, float32."""
+    bias: Array
+    """Number added to the product, float32."""
+    low: Array
+    """Least voxel, int16: those below are raised to it."""
+    high: Array
+    """Greatest voxel, int16: those above are lowered to it."""
+    background: Array
+    """Voxel outside the brain, int16."""
+
+    def map(self, function: Callable[[Array], Other]) -> "Scaling[Other]":
+        """The function's results for each of the five.
+
+        Example:
+            >>> Scaling(2, -1, 0, 9, 0).map(float)
+            Scaling(gain=2.0, bias=-1.0, low=0.0, high=9.0, background=0.0)
+        """
+        return Scaling(
+            gain=function(self.gain),
+            bias=function(self.bias),
+            low=function(self.low),
+            high=function(self.high),
+            background=function(self.background),
+        )
 
 
 @dataclass(frozen=True)
@@ -31,27 +65,19 @@ class Prepared:
     """
 
     image: np.ndarray
-    """int16 (modality, i, j, k)."""
+    """Voxels, int16 (modality, i, j, k)."""
     labels: np.ndarray | None
-    """uint8 (i, j, k): 0, NCR, ED, ET."""
-    gain: np.ndarray
-    """float32 (modality,)."""
-    bias: np.ndarray
-    """float32 (modality,)."""
-    low: np.ndarray
-    """int16 (modality,): voxels below are taken for it."""
-    high: np.ndarray
-    """int16 (modality,): voxels above are taken for it."""
-    background: np.ndarray
-    """int16 (modality,): the voxel value outside the brain."""
+    """Labels 0, NCR, ED and ET, uint8 (i, j, k)."""
+    scaling: Scaling[np.ndarray]
+    """What makes network input of the voxels."""
     tumour: np.ndarray
-    """int32: places of the voxels of NCR, then ED, then ET, counted along the memory."""
+    """Places of the voxels of NCR, then ED, then ET, counted along the memory; int32."""
     counts: np.ndarray
-    """int64 (4,): voxels of background, NCR, ED and ET."""
+    """Voxels of background, NCR, ED and ET; int64 (4,)."""
     box: Box
     """Where the crop lies in the canonical volume."""
-    shape: tuple[int, int, int]
-    """Of the canonical volume."""
+    shape: Shape
+    """Extent of the canonical volume."""
 
 
 def prepare(
@@ -72,48 +98,53 @@ def prepare(
 
     Raises:
         DataError: the shapes differ, or every voxel is background.
+
+    Example:
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> image, labels = make_phantom(0, shape=(24, 24, 20))
+        >>> prepared = prepare(list(image), labels)
+        >>> prepared.image.dtype, prepared.image.shape == image[:, *prepared.box].shape
+        (dtype('int16'), True)
     """
     from raybrats.data import scan  # numba: only where cases are prepared, not where they are read
 
     mask = None if labels is None else scan.stored(labels)
+    shapes = [] if labels is None else [labels.shape]
     if box is None:
-        shape = _common([m.shape for m in modalities] + ([] if labels is None else [labels.shape]))
-        pairs = [_quantised(modality) for modality in modalities]
-        whole = tuple(scan.stored(voxels) for voxels, _ in pairs)
-        background = np.array([outside for _, outside in pairs], np.int16)
-        ends, sums = scan.brain(whole, background)
-        box = _spans(ends if mask is None else _joined(ends, scan.tumour(mask)[0]))
-        image = np.stack([voxels[box[::-1]] for voxels in whole])
+        shape = _common([modality.shape for modality in modalities] + shapes)
+        image, background, sums, box = _searched(modalities, mask)
     else:
-        image, background, shapes = _cropped(modalities, box)
-        shape = _common(shapes + ([] if labels is None else [labels.shape]))
+        image, background, found = _cropped(modalities, box)
+        shape = _common(found + shapes)
         sums = scan.brain(tuple(map(scan.read_only, image)), background)[1]
         if not sums[:, 0].any():
             raise DataError("every voxel of the box is background; index the cohort anew")
+    low, high = np.full(len(image), _INT16.min), np.full(len(image), _INT16.max)
     if normalisation == "percentile":
         low, high = _percentiles(scan.histogram(image, background), percentiles)
-    else:
-        low, high = np.full(len(image), _INT16.min), np.full(len(image), _INT16.max)
-    gain, bias = _gain_bias(sums, low, high, normalisation)
     cropped = None if mask is None else mask[box[::-1]].copy()
     counts = np.zeros(4, np.int64) if cropped is None else scan.tumour(cropped)[1]
     return Prepared(
         image=image.transpose(0, 3, 2, 1),
         labels=None if cropped is None else cropped.T,
-        gain=gain,
-        bias=bias,
-        low=low.astype(np.int16),
-        high=high.astype(np.int16),
-        background=background,
+        scaling=_scaling(sums, (low, high), background, normalisation),
         tumour=np.empty(0, np.int32) if cropped is None else scan.places(cropped, counts),
         counts=counts,
         box=box,
-        shape=(int(shape[0]), int(shape[1]), int(shape[2])),
+        shape=shape,
     )
 
 
 def restore(prediction: np.ndarray, prepared: Prepared) -> np.ndarray:
-    """The prediction of a crop put back into the canonical volume; 0 outside the box."""
+    """The prediction of a crop put back into the canonical volume, with 0 outside the box.
+
+    Example:
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> image, labels = make_phantom(0, shape=(24, 24, 20))
+        >>> prepared = prepare(list(image), labels)
+        >>> bool((restore(prepared.labels, prepared) == labels).all())
+        True
+    """
     full = np.zeros(prepared.shape, prediction.dtype)
     full[prepared.box] = prediction
     return full
@@ -124,6 +155,10 @@ def bounding_box(mask: np.ndarray) -> Box:
 
     Raises:
         DataError: there is none.
+
+    Example:
+        >>> bounding_box(np.pad(np.ones((1, 2, 3), bool), 4))
+        (slice(4, 5, None), slice(4, 6, None), slice(4, 7, None))
     """
     spans = []
     for axis in range(3):
@@ -135,10 +170,34 @@ def bounding_box(mask: np.ndarray) -> Box:
     return spans[0], spans[1], spans[2]
 
 
-def _common(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def _common(shapes: Sequence[tuple[int, ...]]) -> Shape:
     if len(set(shapes)) > 1:
         raise DataError(f"volumes of one case differ in shape: {list(shapes)}")
-    return shapes[0]
+    i, j, k = shapes[0]
+    return i, j, k
+
+
+def _searched(
+    modalities: Sequence[np.ndarray], mask: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Box]:
+    """The crop (modality, k, j, i) as int16, each background, sums over the brain, and the box.
+
+    Raises:
+        DataError: every voxel is background.
+    """
+    from raybrats.data import scan
+
+    pairs = [_quantised(modality) for modality in modalities]
+    whole = tuple(scan.stored(voxels) for voxels, _ in pairs)
+    background = np.array([outside for _, outside in pairs], np.int16)
+    ends, sums = scan.brain(whole, background)
+    found = [ends] if mask is None else [ends, scan.tumour(mask)[0]]
+    found = [each for each in found if each.any()]  # an empty one is all 0
+    if not found:
+        raise DataError("every voxel is background; is the volume empty?")
+    first, last = np.min(found, axis=0)[:, 0], np.max(found, axis=0)[:, 1]
+    k, j, i = (slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
+    return np.stack([voxels[k, j, i] for voxels in whole]), background, sums, (i, j, k)
 
 
 def _cropped(
@@ -156,30 +215,6 @@ def _cropped(
     return image, background, shapes
 
 
-def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Smallest box (axis, 2) around two; an empty one is (0, 0)."""
-    if not second.any() or not first.any():
-        return first if first.any() else second
-    return np.stack([np.minimum(first, second)[:, 0], np.maximum(first, second)[:, 1]], axis=1)
-
-
-def _spans(ends: np.ndarray) -> Box:
-    """Of (i, j, k), from a box (axis, 2) of (k, j, i).
-
-    Raises:
-        DataError: it is empty.
-    """
-    if not ends.any():
-        raise DataError("every voxel is background; is the volume empty?")
-    k, j, i = (slice(int(first), int(last)) for first, last in ends)
-    return i, j, k
-
-
-def _background(voxels: np.ndarray) -> float:
-    corners = voxels[np.ix_(*[(0, -1)] * 3)]
-    return corners.flat[0].item() if (corners == corners.flat[0]).all() else 0
-
-
 def _quantised(voxels: np.ndarray) -> tuple[np.ndarray, int]:
     """The voxels as int16 on a line with their values, and the background among them.
 
@@ -187,7 +222,8 @@ def _quantised(voxels: np.ndarray) -> tuple[np.ndarray, int]:
     background unless it lies so far from it that precision would be lost. No brain voxel gets the
     value of the background.
     """
-    background = _background(voxels)
+    corners = voxels[np.ix_(*[(0, -1)] * 3)]
+    background = corners.flat[0].item() if (corners == corners.flat[0]).all() else 0
     if voxels.dtype == np.int16:
         return voxels, int(background)
     with np.errstate(invalid="ignore"):  # what does not fit shows by not being equal
@@ -219,10 +255,14 @@ def _percentiles(counts: np.ndarray, percentiles: tuple[float, float]) -> tuple[
     return low, high
 
 
-def _gain_bias(
-    sums: np.ndarray, low: np.ndarray, high: np.ndarray, normalisation: Normalisation
-) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (modality,) each; a constant modality carries nothing and becomes 0 everywhere."""
+def _scaling(
+    sums: np.ndarray,
+    ends: tuple[np.ndarray, np.ndarray],
+    background: np.ndarray,
+    normalisation: Normalisation,
+) -> Scaling[np.ndarray]:
+    """The scaling by the brain's sums; a constant modality carries nothing and becomes 0."""
+    low, high = ends
     number, total, squares, least, most = sums.T.astype(np.float64)
     if normalisation == "zscore":
         origin = total / np.maximum(number, 1)
@@ -232,4 +272,10 @@ def _gain_bias(
         scale = np.where(number > 0, np.minimum(most, high) - origin, 0)
     varies = (scale > 0) & (most > least)  # a constant's squares may not sum up exactly
     gain = np.divide(1, scale, out=np.zeros_like(scale), where=varies)
-    return gain.astype(np.float32), (-origin * gain).astype(np.float32)
+    return Scaling(
+        gain=gain.astype(np.float32),
+        bias=(-origin * gain).astype(np.float32),
+        low=low.astype(np.int16),
+        high=high.astype(np.int16),
+        background=background,
+    )

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def _compiled(function: Callable) -> Callable:
-    """Compiled at the first call; anew in each process where no folder can keep the result."""
+    """The function, compiled at its first call; in each process anew if no folder can keep it."""
     try:
         return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # numba: no locator available
@@ -25,15 +25,24 @@ _START = np.array([0, 0, 0, np.iinfo(np.int64).max, np.iinfo(np.int64).min])
 
 
 def stored(voxels: np.ndarray) -> np.ndarray:
-    """The (i, j, k) voxels as (k, j, i), contiguous: a view where the file was canonical.
+    """The voxels (i, j, k) as (k, j, i), contiguous: a view where the file was canonical.
 
-    Read-only and aligned whatever they come from, as every kind has the scans compiled anew.
+    They are read-only and aligned whatever they come from: numba compiles a scan for each kind.
+
+    Example:
+        >>> stored(np.zeros((2, 3, 4), order="F")).shape
+        (4, 3, 2)
     """
     return read_only(np.require(voxels.T, requirements=("C", "A")))
 
 
 def read_only(voxels: np.ndarray) -> np.ndarray:
-    """A view that cannot be written through."""
+    """A view that cannot be written through.
+
+    Example:
+        >>> read_only(np.zeros(3)).flags.writeable
+        False
+    """
     view = voxels.view()
     view.flags.writeable = False
     return view
@@ -51,6 +60,13 @@ def brain(
     Returns:
         The box, int64 (axis, 2), first and one past the last, (0, 0) where there is none; and
         the sums, int64 (modality, NUM_SUMS).
+
+    Example:
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> image, _ = make_phantom(0, shape=(24, 24, 20))
+        >>> box, sums = brain(tuple(map(stored, image)), np.zeros(4, np.int16))
+        >>> bool(sums[0, 0] == image.any(axis=0).sum())
+        True
     """
     seen, sums = _nowhere(modalities[0].shape), np.tile(_START, (len(modalities), 1))
     _brain(modalities, background, seen, sums)
@@ -58,7 +74,12 @@ def brain(
 
 
 def encoded(labels: np.ndarray, values: tuple[int, int, int]) -> tuple[np.ndarray, int]:
-    """Labels 0, 1, 2, 3 for 0 and the three values, and a value that is none of them, or -1."""
+    """Labels 0, 1, 2, 3 for 0 and the three values, and a value that is none of them, or -1.
+
+    Example:
+        >>> encoded(stored(np.array([[[0, 4], [2, 1]]], np.uint8)), (1, 2, 4))[0].T.tolist()
+        [[[0, 3], [2, 1]]]
+    """
     out = np.zeros(labels.shape, np.uint8)
     if not _encoded(labels, np.array(values, np.uint8), out):
         return out, -1
@@ -66,20 +87,36 @@ def encoded(labels: np.ndarray, values: tuple[int, int, int]) -> tuple[np.ndarra
 
 
 def rounded(values: np.ndarray) -> np.ndarray | None:
-    """Floats as uint8, or None where one is not nearly a whole number of 0..255."""
+    """Floats as uint8, or None where one is not nearly a whole number of 0..255.
+
+    Example:
+        >>> rounded(stored(np.array([[[0.0, 1.9999, 4.0]]]))).ravel().tolist()
+        [0, 2, 4]
+    """
     out, length = np.zeros(values.shape, np.uint8), values.shape[-1]
     return out if _rounded(values.reshape(-1, length), out.reshape(-1, length)) else None
 
 
 def tumour(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Box of the voxels above 0, as `brain` gives it, and the voxels of labels 0 to 3 counted."""
+    """Box of the voxels above 0, as `brain` gives it, and the number of voxels of labels 0 to 3.
+
+    Example:
+        >>> box, counts = tumour(stored(np.array([[[0, 0, 3, 1]]], np.uint8)))
+        >>> counts.tolist()
+        [2, 1, 0, 1]
+    """
     seen, counts = _nowhere(labels.shape), np.zeros(4, np.int64)
     _tumour(labels, seen, counts)
     return _box(seen), counts
 
 
 def places(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Flat places of the voxels of label 1, then of 2, then of 3, each in order; int32."""
+    """Flat places of the voxels of label 1, then of 2, then of 3, each in order; int32.
+
+    Example:
+        >>> places(np.array([[[3, 0, 1, 3]]], np.uint8), np.array([1, 1, 0, 2])).tolist()
+        [2, 0, 3]
+    """
     ends = np.cumsum(counts[1:])
     found = np.empty(ends[-1], np.int32)
     _places(labels.reshape(-1, labels.shape[-1]), np.array([0, 0, ends[0], ends[1]]), found)
@@ -87,7 +124,13 @@ def places(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def histogram(image: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Voxels inside the brain by their value + 32768, int64 (modality, 65536)."""
+    """Numbers of brain voxels by their value + 32768, int64 (modality, 65536).
+
+    Example:
+        >>> image = np.array([[[[0, 5, 5]]], [[[7, 0, 0]]]], np.int16)
+        >>> np.argwhere(histogram(image, np.zeros(2, np.int16)))[:, 1] - 32768
+        array([0, 5, 0, 7])
+    """
     counts = np.zeros((len(image), 2**16), np.int64)
     _histogram(image.reshape(len(image), -1), background, counts)
     return counts
@@ -127,7 +170,7 @@ def _mark(modalities, k, j, background, row):  # noqa: ANN001, ANN202
 
 @_compiled
 def _add(voxels, mask, sums):  # noqa: ANN001, ANN202
-    """Adds one row; in 32 bits where 1024 voxels cannot overflow them, so that it vectorises."""
+    """Adds one row, in 32 bits, so that it vectorises: 32,767 voxels cannot overflow them."""
     number, total, squares = np.int32(0), np.int32(0), np.int64(0)
     for i in range(len(mask)):
         number = np.int32(number + mask[i])
@@ -169,7 +212,7 @@ def _brain(modalities, background, seen, sums):  # noqa: ANN001, ANN202
 
 @_compiled
 def _rounded(values, out):  # noqa: ANN001, ANN202
-    """Fills `out`, which is all 0; whether every value fits."""
+    """Whether every value fits; fills `out`, which is all 0, as far as they do."""
     num_rows, num_i = values.shape
     for r in range(num_rows):
         some = np.uint8(0)
@@ -186,7 +229,7 @@ def _rounded(values, out):  # noqa: ANN001, ANN202
 
 @_compiled
 def _encoded(labels, values, out):  # noqa: ANN001, ANN202
-    """Fills `out`, which is all 0; whether there is a value that is none of the three."""
+    """Whether there is a value that is none of the three; fills `out`, which is all 0."""
     num_k, num_j, num_i = labels.shape
     planes = labels.reshape(num_k, num_j * num_i)
     strange = np.uint8(0)

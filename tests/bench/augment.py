@@ -2,7 +2,7 @@
 
     python tests/bench/augment.py [--device cuda] [--edge 128] [--rounds 20] [--no-step] [--json]
 
-Each change is forced on for every patch (blur and low resolution for their share of the
+Each change is forced on for every patch (blur and low resolution for their fraction of the
 modalities); "default mix" is the mean over the draws of `AugmentConfig()`. Rounds are interleaved.
 Needs torch, numpy and, for the step, MONAI; neither Ray nor MLflow.
 """
@@ -13,14 +13,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
-import numpy as np
 import torch
 
 from raybrats.config import AugmentConfig, TrainConfig
 from raybrats.data.augment.augment import augment
-from raybrats.data.batch import Batch, normalise
+from raybrats.data.batch import Batch, collate, normalise
+from raybrats.data.patch import to_row
 from raybrats.data.prepare import prepare
 from raybrats.phantom.phantom import make_phantom
 from raybrats.recipes import nnunet
@@ -34,14 +34,13 @@ def phantom_batch(size: int, edge: int) -> Batch:
     for index in range(size):
         image, labels = make_phantom(index, shape=(edge,) * 3)
         prepared = prepare(list(image), labels)
-        rows.append(vars(prepared) | {"image": image, "labels": labels, "draw": np.int64(index)})
-    columns = {f.name: np.stack([row[f.name] for row in rows]) for f in fields(Batch)}
-    return Batch(**{name: torch.from_numpy(column) for name, column in columns.items()})
+        rows.append(to_row(prepared, (image, labels), index))
+    return collate(rows)
 
 
 def peers(batch: Batch, *, with_step: bool) -> dict[str, Callable[[int], object]]:
     """What is timed, each called with the number of the round."""
-    image, brain = normalise(batch)
+    image, brain = normalise(batch.image, batch.scaling)
     samples, size = (image, batch.labels, brain), len(image)
 
     def changes(config: AugmentConfig) -> Callable[[int], object]:
@@ -50,7 +49,7 @@ def peers(batch: Batch, *, with_step: bool) -> dict[str, Callable[[int], object]
     never = AugmentConfig(**dict.fromkeys(AugmentConfig.CHANGES, 0.0))
     table: dict[str, Callable[[int], object]] = {
         COPY: lambda _: image.clone(),
-        "normalise": lambda _: normalise(batch),
+        "normalise": lambda _: normalise(batch.image, batch.scaling),
         "nothing switched on": changes(never),
     }
     table |= {name: changes(replace(never, **{name: 1.0})) for name in AugmentConfig.CHANGES}
@@ -122,8 +121,8 @@ def main() -> None:
         return
     print(f"{shape}, {options.rounds} rounds\n{'':28}  ms a batch    x copy  % of step")
     for name, ms in times.items():
-        share = f"{100 * ms / times[STEP]:9.1f}" if STEP in times else f"{'-':>9}"
-        print(f"{name:28}{ms:12.2f}{ms / times[COPY]:10.1f}  {share}")
+        percent = f"{100 * ms / times[STEP]:9.1f}" if STEP in times else f"{'-':>9}"
+        print(f"{name:28}{ms:12.2f}{ms / times[COPY]:10.1f}  {percent}")
 
 
 if __name__ == "__main__":

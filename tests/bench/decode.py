@@ -153,9 +153,9 @@ def check(case: Case) -> dict[str, object]:
         if whole:
             apart = max(apart, float(np.abs(there - stored).max()))
             continue
-        inside = (prepared.image != prepared.background[:, None, None, None]).any(axis=0)
+        inside = (prepared.image != prepared.scaling.background[:, None, None, None]).any(axis=0)
         there = (there - there[inside].mean()) / there[inside].std()
-        mine = prepared.gain[modality] * stored + prepared.bias[modality]
+        mine = prepared.scaling.gain[modality] * stored + prepared.scaling.bias[modality]
         apart = max(apart, float(np.abs(there - mine)[inside].max()))
     labels = _canonical(case.label_uri)[prepared.box]
     table = np.zeros(256, np.uint8)

@@ -7,7 +7,7 @@ Pictures of real cases are not for the repository.
 """
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from raybrats.brats import MODALITIES
 from raybrats.config import AugmentConfig, DataConfig
 from raybrats.data.augment.augment import Change, augment, draw_change
-from raybrats.data.batch import Batch, normalise
-from raybrats.data.patch import PatchRule, draw_patch
+from raybrats.data.batch import Batch, collate, normalise
+from raybrats.data.patch import PatchRule, draw_patch, to_row
 from raybrats.data.prepare import Prepared, prepare
 from raybrats.phantom.phantom import make_phantom
 
@@ -44,10 +44,9 @@ def batch_of(cases: list[Prepared], edge: int, seed: int) -> Batch:
     rule = PatchRule(DataConfig(foreground_share=1.0), (edge,) * 3, seed)
     rows = []
     for number, case in enumerate(cases):
-        image, labels = draw_patch(case, rule, draw=number, case=number, turn=0)
-        rows.append(vars(case) | {"image": image, "labels": labels, "draw": np.int64(number)})
-    columns = {f.name: np.stack([row[f.name] for row in rows]) for f in fields(Batch)}
-    return Batch(**{name: torch.from_numpy(column) for name, column in columns.items()})
+        patch = draw_patch(case, rule, draw=number, case=number, ordinal=0)
+        rows.append(to_row(case, patch, number))
+    return collate(rows)
 
 
 def main() -> None:
@@ -58,15 +57,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     batch = batch_of(cases_of(options.cases), options.patch, options.seed)
-    image, brain = normalise(batch)
+    image, brain = normalise(batch.image, batch.scaling)
     rows = [("as it is", image[0], batch.labels[0]), ("as it is", image[1], batch.labels[1])]
     jobs = [(name, replace(NEVER, **{name: 1.0}), 0) for name in AugmentConfig.CHANGES]
     jobs += [("default mix", AugmentConfig(), number % 2) for number in range(NUM_MIXES)]
     for draw, (name, config, place) in enumerate(jobs):
         sample = tuple(part[place : place + 1] for part in (image, batch.labels, brain))
         changed, labels = augment(config, options.seed, torch.tensor([draw]), sample)
-        said = told(draw_change(config, options.seed, draw, image.shape[1]))
-        rows.append((f"{name}\n{said}", changed[0], labels[0]))
+        words = described(draw_change(config, options.seed, draw, image.shape[1]))
+        rows.append((f"{name}\n{words}", changed[0], labels[0]))
     show(rows).savefig(options.out, dpi=70)
 
 
@@ -99,7 +98,7 @@ def show(rows: list[tuple[str, torch.Tensor, torch.Tensor]]) -> Figure:
     return figure
 
 
-def told(change: Change) -> str:
+def described(change: Change) -> str:
     """The parameters of a change, a line each, to compare with the picture."""
     lines = [f"mirror {''.join(a for a, m in zip('ijk', change.mirrored, strict=True) if m)}"]
     lines = lines if any(change.mirrored) else []

@@ -47,9 +47,9 @@ def own_peers(cases: Sequence[Case], edge: int, folder: Path) -> list[Peer]:
 
     def draw(prepared: object) -> tuple[object, tuple[np.ndarray, np.ndarray]]:
         number = next(numbers)
-        case, turn = number % len(cases), number // len(cases)
+        case, ordinal = number % len(cases), number // len(cases)
         kept = prepared(case)
-        return kept, draw_patch(kept, rule, draw=number, case=case, turn=turn)
+        return kept, draw_patch(kept, rule, draw=number, case=case, ordinal=ordinal)
 
     def opened(case: int) -> object:
         return cache.prepared(cases[case], data)[0]
@@ -59,16 +59,11 @@ def own_peers(cases: Sequence[Case], edge: int, folder: Path) -> list[Peer]:
 
     def augmented(_: int) -> object:
         prepared, (image, labels) = draw(opened)
-        per_case = {
-            name: torch.from_numpy(np.array(getattr(prepared, name))[None])
-            for name in batch.Batch.__dataclass_fields__
-            if name not in ("image", "labels", "draw")
-        }
         image, labels = (torch.from_numpy(array[None]) for array in (image, labels))
-        made = batch.Batch(image=image, labels=labels, draw=torch.tensor([0]), **per_case)
-        image, brain = batch.normalise(made)
+        scaling = prepared.scaling.map(lambda array: torch.from_numpy(np.array(array)[None]))
+        image, brain = batch.normalise(image, scaling)
         draws = torch.tensor([next(numbers)])
-        return augment.augment(change, 0, draws, (image, made.labels, brain))
+        return augment.augment(change, 0, draws, (image, labels, brain))
 
     return [
         Peer(OWN, lambda _: _times(AT_ONCE, lambda: draw(opened)), AT_ONCE),
@@ -147,8 +142,9 @@ def torchio_peers(cases: Sequence[Case], edge: int) -> list[Peer]:
     subjects = []
     for case in cases:
         prepared = cache.prepared(case, data)[0]
-        gain, bias = (v[:, None, None, None] for v in (prepared.gain, prepared.bias))
-        image = np.ascontiguousarray(prepared.image.astype(np.float32) * gain + bias)
+        scaling = prepared.scaling.map(lambda values: values[:, None, None, None])
+        image = prepared.image.astype(np.float32) * scaling.gain + scaling.bias
+        image = np.ascontiguousarray(image)
         labels = np.ascontiguousarray(prepared.labels[None])
         room = [(0, 0), *((0, max(0, edge - n)) for n in labels.shape[1:])]
         image, labels = (torch.from_numpy(np.pad(array, room)) for array in (image, labels))

@@ -30,7 +30,7 @@ from raybrats import cluster
 from raybrats.config import DataConfig, OptimConfig, TrainConfig
 from raybrats.data.cohort.case import Case
 from raybrats.data.cohort.index import find_cases, verify_case
-from raybrats.data.stream import Share, Stream
+from raybrats.data.stream import Assignment, Stream
 
 SHAPE = (96, 96, 64)
 EACH = 2
@@ -76,9 +76,9 @@ class Peak:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def consume(config: TrainConfig, cases: Sequence[Case], share: Share) -> int:
-    """Patches of a rank's share; what a training worker would take."""
-    return sum(len(batch.image) for batch in Stream(config, cases, share))
+def consume(config: TrainConfig, cases: Sequence[Case], assignment: Assignment) -> int:
+    """Patches of a rank's assignment; what a training worker would take."""
+    return sum(len(batch.image) for batch in Stream(config, cases, assignment))
 
 
 def run(setting: Setting, cases: Sequence[Case], folder: Path, meter: Meter, patches: int) -> dict:
@@ -91,8 +91,8 @@ def run(setting: Setting, cases: Sequence[Case], folder: Path, meter: Meter, pat
     row, held = {}, ray.put(list(cases[: setting.num_cases]))
 
     def read(config: TrainConfig, start: int, stop: int) -> int:
-        given = shares(start, stop, batch)
-        return sum(ray.get([consume.remote(config, held, share) for share in given]))
+        given = assignments(start, stop, batch)
+        return sum(ray.get([consume.remote(config, held, each) for each in given]))
 
     lead = replace(config, data=replace(data, cache_gb=0.0))
     read(lead, 0, 10)  # while Ray's processes start
@@ -107,11 +107,12 @@ def run(setting: Setting, cases: Sequence[Case], folder: Path, meter: Meter, pat
     return row | memory_columns(peak)
 
 
-def shares(start: int, stop: int, batch: int) -> list[Share]:
+def assignments(start: int, stop: int, batch: int) -> list[Assignment]:
     world = batch // EACH
     cpus = cluster.resources()["CPU"] / world
     return [
-        Share(rank=rank, world=world, start=start, stop=stop, cpus=cpus) for rank in range(world)
+        Assignment(rank=rank, world=world, start=start, stop=stop, cpus=cpus)
+        for rank in range(world)
     ]
 
 

@@ -31,6 +31,7 @@ import torch
 
 from raybrats.config import AugmentConfig, ClusterConfig, TrainConfig
 from raybrats.data.batch import Batch
+from raybrats.data.prepare import Scaling
 from raybrats.model.network import heads
 from raybrats.recipes import RECIPES, recipe
 from raybrats.train import loop
@@ -88,20 +89,19 @@ def random_batch(size: int, edge: int, modalities: int = 4) -> Batch:
     noise = torch.randint(200, 1800, (size, modalities, *radius.shape), generator=source)
     image = (noise * (radius < 0.9)).to(torch.int16)
     labels = sum((radius < reach).to(torch.uint8) for reach in (0.2, 0.3, 0.4))
-    per_modality = {
-        "gain": torch.full((size, modalities), 1 / 462),
-        "bias": torch.full((size, modalities), -1000 / 462),
-        "low": torch.full((size, modalities), 0, dtype=torch.int16),
-        "high": torch.full((size, modalities), 2000, dtype=torch.int16),
-        "background": torch.zeros((size, modalities), dtype=torch.int16),
-    }
-    columns = {"image": image, "labels": labels.expand(size, *radius.shape).contiguous()}
-    columns |= {**per_modality, "draw": torch.arange(size)}
+    scaling = Scaling(
+        gain=torch.full((size, modalities), 1 / 462),
+        bias=torch.full((size, modalities), -1000 / 462),
+        low=torch.full((size, modalities), 0, dtype=torch.int16),
+        high=torch.full((size, modalities), 2000, dtype=torch.int16),
+        background=torch.zeros((size, modalities), dtype=torch.int16),
+    )
+    labels, draw = labels.expand(size, *radius.shape).contiguous(), torch.arange(size)
     if pinned:
-        columns = {name: column.pin_memory() for name, column in columns.items()}
-    columns["image"] = columns["image"].permute(0, 1, 4, 3, 2)  # so that i lies closest
-    columns["labels"] = columns["labels"].permute(0, 3, 2, 1)
-    return Batch(**columns)
+        image, labels, draw = (part.pin_memory() for part in (image, labels, draw))
+        scaling = scaling.map(torch.Tensor.pin_memory)
+    # permuted so that i lies closest
+    return Batch(image.permute(0, 1, 4, 3, 2), labels.permute(0, 3, 2, 1), scaling, draw)
 
 
 def bare_step(config: TrainConfig, batch: Batch, device: torch.device) -> Callable[[], None]:

@@ -32,7 +32,7 @@ from raybrats.config import DataConfig, OptimConfig, TrainConfig
 from raybrats.data.cohort.case import Case
 from raybrats.data.cohort.index import find_cases, verify_case
 from raybrats.data.plan import Plan
-from raybrats.data.stream import PatchTask, Share, Stream
+from raybrats.data.stream import Assignment, PatchTask, Stream
 
 BATCH = 2
 OWN, PEER = "raybrats Stream (Ray Data)", "torch DataLoader"
@@ -64,15 +64,15 @@ class Patches(Dataset):
 def ray_data(config: TrainConfig, cases: Sequence[Case], steps: int, _: int) -> Iterator[object]:
     cpus = cluster.resources()["CPU"]
     start_workers(int(cpus / config.data.cpus_per_task), config.data.cpus_per_task)
-    share = Share(rank=0, world=1, start=0, stop=steps, cpus=cpus)
-    return (batch.image for batch in Stream(config, cases, share))
+    whole = Assignment(rank=0, world=1, start=0, stop=steps, cpus=cpus)
+    return (batch.image for batch in Stream(config, cases, whole))
 
 
 def dataloader(
     config: TrainConfig, cases: Sequence[Case], steps: int, num_workers: int
 ) -> Iterator[object]:
     windows = Plan(len(cases), BATCH, config.run.seed).visits(rank=0, world=1, start=0, stop=steps)
-    stream = Stream(config, cases, Share(rank=0, world=1, start=0, stop=steps, cpus=1))
+    stream = Stream(config, cases, Assignment(rank=0, world=1, start=0, stop=steps, cpus=1))
     visits = [stream.visit_row(visit) for window in windows for visit in window]
     dataset = Patches(PatchTask(config, cases), visits)
     options = {"num_workers": num_workers, "multiprocessing_context": "spawn"}

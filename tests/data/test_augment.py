@@ -12,8 +12,8 @@ from raybrats.config import AugmentConfig, override
 from raybrats.data.augment.augment import Change, apply_changes, augment, draw_change
 from raybrats.data.augment.intensity import bias_field, gaussian
 from raybrats.data.augment.resample import Warp, sampling_grid
-from raybrats.data.batch import Batch, normalise
-from raybrats.data.patch import cut
+from raybrats.data.batch import collate, normalise
+from raybrats.data.patch import cut, to_row
 from raybrats.data.prepare import prepare
 from raybrats.errors import UsageError
 from raybrats.phantom.phantom import make_phantom
@@ -69,10 +69,9 @@ def test_normalising_on_the_device_is_numpys_zscore():
     rows = []
     for index in range(4):
         prepared = prepare(list(make_phantom(index, shape=(24, 24, 20))[0]))
-        patch, mask = cut(prepared, (index, 0, 1), SIZE)
-        rows.append(vars(prepared) | {"image": patch, "labels": mask, "draw": np.int64(index)})
-    columns = {f.name: np.stack([row[f.name] for row in rows]) for f in fields(Batch)}
-    image, brain = normalise(Batch(**{k: torch.from_numpy(v) for k, v in columns.items()}))
+        rows.append(to_row(prepared, cut(prepared, (index, 0, 1), SIZE), index))
+    batch = collate(rows)
+    image, brain = normalise(batch.image, batch.scaling)
     for index in range(4):
         whole, _ = make_phantom(index, shape=(24, 24, 20))
         inside = (whole != 0).any(axis=0)
@@ -384,11 +383,11 @@ def test_changes_happen_as_often_as_configured():
     config = AugmentConfig(elastic=0.3, bias_field=0.2, drop_modality=0.1)
     changes = [draw_change(config, SEED, draw, 4) for draw in range(3000)]
     for name in ("bias_field", "noise", "blur", "brightness", "contrast", "low_resolution"):
-        share = np.mean([bool(getattr(c, name)) for c in changes])
-        assert share == pytest.approx(getattr(config, name), abs=0.03), name
+        fraction = np.mean([bool(getattr(c, name)) for c in changes])
+        assert fraction == pytest.approx(getattr(config, name), abs=0.03), name
     for name in ("inverted_gamma", "gamma"):
-        share = np.mean([bool(getattr(c, name)) for c in changes])
-        assert share == pytest.approx(getattr(config, name), abs=0.03), name
+        fraction = np.mean([bool(getattr(c, name)) for c in changes])
+        assert fraction == pytest.approx(getattr(config, name), abs=0.03), name
     warps = [c.warp or Warp() for c in changes]
     for name, active in (
         ("rotation", [any(w.angles_degrees) for w in warps]),
@@ -451,9 +450,9 @@ def test_a_slice_stays_in_its_plane(size):
     assert not grid[..., 2 - axis].any()
     turned = tuple(90.0 * (n == axis) for n in range(3))
     others = tuple(90.0 * (n != axis) for n in range(3))
-    for angles, turn in ((turned, True), (others, False)):
+    for angles, rotates in ((turned, True), (others, False)):
         image, _ = changed(Change(warp=Warp(angles)), flat)
-        assert torch.allclose(image, flat[0], atol=1e-5) != turn
+        assert torch.allclose(image, flat[0], atol=1e-5) != rotates
     kept, _ = changed(Change(mirrored=tuple(n == axis for n in range(3))), flat)
     assert torch.equal(kept, flat[0])
 

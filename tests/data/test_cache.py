@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,10 +76,17 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", "--lazy", str(disk)], capture_output=True, check=False)
 
 
+def flat(case: Prepared) -> dict[str, object]:
+    """Its fields, and those of its scaling."""
+    return {name: value for name, value in vars(case).items() if name != "scaling"} | vars(
+        case.scaling
+    )
+
+
 def assert_same(found: Prepared, fresh: Prepared) -> None:
     """Every field, bit for bit, and in the same order in memory."""
-    for name in (field.name for field in fields(Prepared)):
-        ours, other = getattr(found, name), getattr(fresh, name)
+    for name, other in flat(fresh).items():
+        ours = flat(found)[name]
         if not isinstance(other, np.ndarray):
             assert ours == other, name
             continue

@@ -60,13 +60,13 @@ def rule(size: tuple[int, ...], sampling: str = "random", seed: int = 3, **field
 def full(case: Prepared) -> np.ndarray:
     """The image in the whole canonical volume."""
     image = np.empty((len(case.image), *case.shape), np.int16)
-    image[:] = case.background[:, None, None, None]
+    image[:] = case.scaling.background[:, None, None, None]
     image[:, *case.box] = case.image
     return image
 
 
 def drawn(case: Prepared, rule: PatchRule, draws: range) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [draw_patch(case, rule, draw=draw, case=0, turn=draw) for draw in draws]
+    return [draw_patch(case, rule, draw=draw, case=0, ordinal=draw) for draw in draws]
 
 
 # At random
@@ -129,7 +129,7 @@ def test_a_patch_that_is_forced_holds_the_voxel_that_was_chosen(shape, size, see
     labels = np.zeros(shape, np.uint8)
     labels[tuple(np.random.default_rng(seed).integers(0, shape))] = label
     _, found = draw_patch(
-        whole(labels), rule(size, foreground_share=1.0), draw=seed, case=0, turn=0
+        whole(labels), rule(size, foreground_share=1.0), draw=seed, case=0, ordinal=0
     )
     assert (found == label).sum() == 1
 
@@ -144,12 +144,13 @@ def test_a_case_without_tumour_is_cut_anywhere():
 
 def test_a_patch_larger_than_the_case_is_padded_with_each_background(prepared: Prepared):
     size = tuple(n + 2 * m for n, m in zip(prepared.labels.shape, (3, 0, 5), strict=True))
-    image, labels = draw_patch(prepared, rule(size), draw=0, case=0, turn=0)
+    image, labels = draw_patch(prepared, rule(size), draw=0, case=0, ordinal=0)
     pad = ((3, 3), (0, 0), (5, 5))
-    for patch, modality, outside in zip(image, prepared.image, prepared.background, strict=True):
+    background = prepared.scaling.background
+    for patch, modality, outside in zip(image, prepared.image, background, strict=True):
         assert np.array_equal(patch, np.pad(modality, pad, constant_values=outside))
     assert np.array_equal(labels, np.pad(prepared.labels, pad))
-    assert prepared.background.tolist() == [0, 0, 0, 0, -5]
+    assert prepared.scaling.background.tolist() == [0, 0, 0, 0, -5]
 
 
 # On a grid
@@ -190,7 +191,7 @@ def test_cases_and_seeds_are_walked_through_in_orders_of_their_own(sampling: str
 
     def walk(index: int, seed: int) -> tuple[int, ...]:
         asked = rule(size, sampling, seed)
-        patches = [draw_patch(case, asked, draw=0, case=index, turn=n) for n in range(16)]
+        patches = [draw_patch(case, asked, draw=0, case=index, ordinal=n) for n in range(16)]
         return tuple(int(image[0, 0, 0, 0]) for image, _ in patches)
 
     assert len({walk(index, seed) for index in range(4) for seed in range(4)}) == 16
@@ -213,7 +214,7 @@ def test_the_size_of_volumes_is_the_least_multiple_that_holds_every_case(found, 
 def test_a_case_lies_whole_in_its_volume(prepared: Prepared):
     box = [edge for span in prepared.box for edge in (span.start, span.stop)]
     size = volume_size([box], 16)
-    image, labels = draw_patch(prepared, rule(size, "volume"), draw=5, case=1, turn=9)
+    image, labels = draw_patch(prepared, rule(size, "volume"), draw=5, case=1, ordinal=9)
     assert image.shape == (5, *size)
     inside = tuple(
         slice((edge - n) // 2 + (edge - n) % 2, (edge - n) // 2 + (edge - n) % 2 + n)
@@ -221,9 +222,9 @@ def test_a_case_lies_whole_in_its_volume(prepared: Prepared):
     )
     assert np.array_equal(image[:, *inside], prepared.image)
     assert np.array_equal(labels[inside], prepared.labels)
-    image[:, *inside] = prepared.background[:, None, None, None]
+    image[:, *inside] = prepared.scaling.background[:, None, None, None]
     labels[inside] = 0
-    assert (image == prepared.background[:, None, None, None]).all()
+    assert (image == prepared.scaling.background[:, None, None, None]).all()
     assert not labels.any()
 
 
@@ -269,7 +270,7 @@ slice_sizes = st.tuples(st.integers(8, 50), st.integers(8, 50), st.just(1))
 def test_the_edge_of_the_brain_does_not_fade(prepared, quantised, size, k, floats):
     case = quantised if floats else prepared
     plane = full(case)[..., k]
-    outside = case.background[:, None, None]
+    outside = case.scaling.background[:, None, None]
     brain = (plane != outside).any(axis=0)
     image, _ = cut_slice(case, k, size)
     assert image.shape == (len(plane), *size)
@@ -345,7 +346,7 @@ def test_a_case_without_labels_is_drawn_with_none(prepared: Prepared, sampling: 
 def test_a_patch_is_no_view_of_its_case(prepared: Prepared, sampling: str):
     size = prepared.labels.shape
     size = (*size[:2], 1) if sampling == "slices" else size
-    image, labels = draw_patch(prepared, rule(size, sampling), draw=0, case=0, turn=0)
+    image, labels = draw_patch(prepared, rule(size, sampling), draw=0, case=0, ordinal=0)
     assert not np.shares_memory(image, prepared.image)
     assert not np.shares_memory(labels, prepared.labels)
 
@@ -363,6 +364,7 @@ def test_a_patch_is_the_padded_case_cut(prepared: Prepared, data, size):
     assert labels.T.flags.c_contiguous
     pad = 24
     box = tuple(slice(c + pad, c + pad + s) for c, s in zip(corner, size, strict=True))
-    for patch, modality, outside in zip(image, prepared.image, prepared.background, strict=True):
+    background = prepared.scaling.background
+    for patch, modality, outside in zip(image, prepared.image, background, strict=True):
         assert np.array_equal(patch, np.pad(modality, pad, constant_values=outside)[box])
     assert np.array_equal(labels, np.pad(prepared.labels, pad)[box])

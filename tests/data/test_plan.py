@@ -89,7 +89,7 @@ def test_every_epoch_visits_each_case_as_often_as_asked(plan: Plan, epochs: int)
     for epoch in range(epochs):
         part = seen[epoch * plan.num_cases : (epoch + 1) * plan.num_cases]
         assert Counter(visit.case for visit in part) == Counter(range(plan.num_cases))
-        assert {visit.turn for visit in part} == {epoch * per_case}
+        assert {visit.ordinal for visit in part} == {epoch * per_case}
 
 
 @given(plan=plans, start=st.integers(0, 200))
@@ -109,7 +109,7 @@ def test_turns_count_the_draws_of_a_case(plan: Plan, windows: int):
     turns: dict[int, list[int]] = {}
     visits = plan.visits(rank=0, world=1, start=0, stop=windows * plan.patches_per_case)
     for visit in chain.from_iterable(visits):
-        turns.setdefault(visit.case, []).extend(visit.turn + t for t in range(len(visit.draws)))
+        turns.setdefault(visit.case, []).extend(visit.ordinal + t for t in range(len(visit.draws)))
     assert all(sorted(seen) == list(range(len(seen))) for seen in turns.values())
 
 

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from raybrats.data.cohort.index import find_cases, index, load, verify_case
 from raybrats.data.cohort.rows import read_cohort
 from raybrats.data.patch import PatchRule, draw_patch, volume_size
 from raybrats.data.plan import Plan
-from raybrats.data.stream import Share, Stream
+from raybrats.data.stream import Assignment, Stream
 from raybrats.errors import DataError
 from raybrats.phantom.phantom import write_phantoms
 from raybrats.recipes import tiny
@@ -68,7 +68,7 @@ def config(ray_cluster: RayHead, tmp_path: Path) -> TrainConfig:
 def batches(
     config: TrainConfig, cases: Sequence[Case], rank: int, world: int, start: int
 ) -> list[Batch]:
-    return list(Stream(config, cases, Share(rank, world, start, STEPS, CPUS)))
+    return list(Stream(config, cases, Assignment(rank, world, start, STEPS, CPUS)))
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,8 @@ def alone(
 
 
 def same(first: Batch, second: Batch) -> bool:
-    return all(torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Batch))
+    ours, theirs = ({**vars(batch), **vars(batch.scaling)} for batch in (first, second))
+    return all(torch.equal(ours[name], theirs[name]) for name in ours if name != "scaling")
 
 
 def all_same(first: Sequence[Batch], second: Sequence[Batch]) -> bool:
@@ -89,7 +90,8 @@ def all_same(first: Sequence[Batch], second: Sequence[Batch]) -> bool:
 
 
 def places(batch: Batch, where: slice) -> Batch:
-    return Batch(**{name: column[where] for name, column in vars(batch).items()})
+    scaling = batch.scaling.map(lambda numbers: numbers[where])
+    return Batch(batch.image[where], batch.labels[where], scaling, batch.draw[where])
 
 
 def test_one_rank_gets_whole_batches_in_the_order_of_the_plan(alone: list[Batch]):
@@ -101,11 +103,10 @@ def test_one_rank_gets_whole_batches_in_the_order_of_the_plan(alone: list[Batch]
         assert batch.labels.shape == (4, *SIZE)
         assert (batch.image.dtype, batch.labels.dtype) == (torch.int16, torch.uint8)
         assert batch.image.stride()[2] == batch.labels.stride()[1] == 1
-        assert (batch.gain.dtype, batch.bias.dtype) == (torch.float32, torch.float32)
-        for name in ("gain", "bias", "low", "high", "background"):
-            assert getattr(batch, name).shape == (4, 3)
-        for name in ("low", "high", "background"):
-            assert getattr(batch, name).dtype == torch.int16
+        assert set(vars(batch.scaling.map(lambda numbers: numbers.shape)).values()) == {(4, 3)}
+        types = batch.scaling.map(lambda numbers: numbers.dtype)
+        assert types.gain == types.bias == torch.float32
+        assert types.low == types.high == types.background == torch.int16
 
 
 @pytest.mark.parametrize(
@@ -126,13 +127,15 @@ def test_the_patches_are_those_of_a_direct_cut(
     for row, visit in zip(rows, visits, strict=True):
         prepared = prepare_case(cases[visit.case], config.data)
         (draw,) = visit.draws
-        image, labels = draw_patch(prepared, rule, draw=draw, case=visit.case, turn=visit.turn)
+        image, labels = draw_patch(
+            prepared, rule, draw=draw, case=visit.case, ordinal=visit.ordinal
+        )
         assert row.draw.tolist() == [draw]
         assert torch.equal(row.image[0], torch.from_numpy(image))
         assert torch.equal(row.labels[0], torch.from_numpy(labels))
         assert row.image.shape[2:] == size
-        for name in ("gain", "bias", "low", "high", "background"):
-            assert getattr(row, name)[0].tolist() == getattr(prepared, name).tolist()
+        numbers = row.scaling.map(lambda each: each[0].tolist())
+        assert numbers == prepared.scaling.map(lambda each: each.tolist())
         tumours += bool(labels.any())
     assert tumours > len(rows) / 4
 
@@ -149,14 +152,14 @@ def test_a_run_resumed_among_the_patches_of_one_visit_goes_on_bit_for_bit(
     config: TrainConfig, cases: list[Case]
 ):
     config = override(config, "data.patches_per_case", 3)
-    whole = list(Stream(config, cases, Share(0, 1, 0, 7, CPUS)))
+    whole = list(Stream(config, cases, Assignment(0, 1, 0, 7, CPUS)))
     assert [batch.draw.tolist() for batch in whole] == [
         list(range(4 * step, 4 * step + 4)) for step in range(7)
     ]
-    assert all_same(list(Stream(config, cases, Share(0, 1, 4, 7, CPUS))), whole[4:])
+    assert all_same(list(Stream(config, cases, Assignment(0, 1, 4, 7, CPUS))), whole[4:])
     for rank in (0, 1):
         half = [places(batch, slice(rank, None, 2)) for batch in whole[4:]]
-        assert all_same(list(Stream(config, cases, Share(rank, 2, 4, 7, CPUS))), half)
+        assert all_same(list(Stream(config, cases, Assignment(rank, 2, 4, 7, CPUS))), half)
 
 
 def test_no_stop_and_no_change_of_workers_loses_repeats_or_moves_a_draw(
@@ -169,8 +172,8 @@ def test_no_stop_and_no_change_of_workers_loses_repeats_or_moves_a_draw(
     with ThreadPoolExecutor(4) as workers:
         for segment, (start, stop) in enumerate(pairwise([0, *stops, steps])):
             world = 1 + segment % 4
-            shares = [Share(r, world, start, stop, CPUS / world) for r in range(world)]
-            streams = workers.map(lambda share: list(Stream(config, cases, share)), shares)
+            assignments = [Assignment(r, world, start, stop, CPUS / world) for r in range(world)]
+            streams = workers.map(lambda mine: list(Stream(config, cases, mine)), assignments)
             for of_one_step in zip(*streams, strict=True):
                 seen += torch.stack([batch.draw for batch in of_one_step], dim=1).ravel().tolist()
     missing = set(range(12 * steps)) - set(seen)
@@ -184,9 +187,9 @@ def test_no_stop_and_no_change_of_workers_loses_repeats_or_moves_a_draw(
 def test_a_draw_is_the_same_patch_without_a_cache_and_from_a_cold_and_a_warm_one(
     alone: list[Batch], config: TrainConfig, cases: list[Case]
 ):
-    share = Share(0, 1, 0, STEPS, CPUS)
-    without = Stream(override(config, "data.cache_gb", 0.0), cases, share)
-    cold, warm = Stream(config, cases, share), Stream(config, cases, share)
+    mine = Assignment(0, 1, 0, STEPS, CPUS)
+    without = Stream(override(config, "data.cache_gb", 0.0), cases, mine)
+    cold, warm = Stream(config, cases, mine), Stream(config, cases, mine)
     for tried in (without, cold, warm):
         assert all_same(list(tried), alone)
     assert without.tally == Tally(misses=16)
@@ -198,7 +201,7 @@ def test_cases_damaged_in_the_cache_are_made_anew_in_the_middle_of_a_run(
     alone: list[Batch], config: TrainConfig, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(stream, "VISITS_AT_ONCE", 1)  # nothing is read ahead of a step
-    running = Stream(config, cases, Share(0, 1, 0, STEPS, CPUS))
+    running = Stream(config, cases, Assignment(0, 1, 0, STEPS, CPUS))
     steps = iter(running)
     before = [next(steps), next(steps)]
     assert running.tally == Tally(misses=5, hits=3)
@@ -219,7 +222,7 @@ def tasks_of_streams() -> Counter[str]:
 
 def test_closing_a_stream_early_ends_its_tasks(config: TrainConfig, cases: list[Case]):
     steps, known = 150, tasks_of_streams().total()
-    batches = iter(Stream(config, cases, Share(0, 1, 0, steps, CPUS)))
+    batches = iter(Stream(config, cases, Assignment(0, 1, 0, steps, CPUS)))
     assert next(batches).draw.tolist() == [0, 1, 2, 3]
     batches.close()
     ended, deadline = {"FINISHED", "FAILED"}, time.monotonic() + 30
@@ -230,7 +233,7 @@ def test_closing_a_stream_early_ends_its_tasks(config: TrainConfig, cases: list[
     assert left.total() - known < 4 * steps
     time.sleep(2)
     assert tasks_of_streams() == left
-    resumed = iter(Stream(config, cases, Share(0, 1, 1, steps, CPUS)))
+    resumed = iter(Stream(config, cases, Assignment(0, 1, 1, steps, CPUS)))
     assert next(resumed).draw.tolist() == [4, 5, 6, 7]
     resumed.close()
 
@@ -265,21 +268,23 @@ def uploaded(
 
 
 @ray.remote(num_cpus=0)
-def drained(config: TrainConfig, cases: list[Case], share: Share) -> tuple[Tally, list[int]]:
+def drained(config: TrainConfig, cases: list[Case], mine: Assignment) -> tuple[Tally, list[int]]:
     """As a worker of a run would: the stream's tally and its draws."""
-    stream = Stream(config, cases, share)
+    stream = Stream(config, cases, mine)
     draws = [draw for batch in stream for draw in batch.draw.tolist()]
     return stream.tally, draws
 
 
 def drained_at_once(
-    uploaded: Uploaded, config: TrainConfig, shares: list[Share]
+    uploaded: Uploaded, config: TrainConfig, assignments: list[Assignment]
 ) -> tuple[Tally, list[int]]:
     """Streams side by side, each in a process of its own, whose requests are counted."""
     uploaded.proxy.inject([])
     variables = {"AWS_ENDPOINT_URL": uploaded.proxy.endpoint}
     each = drained.options(runtime_env={"env_vars": variables})  # its tasks inherit it
-    found = ray.get([each.remote(config, uploaded.cases, share) for share in shares], timeout=300)
+    found = ray.get(
+        [each.remote(config, uploaded.cases, mine) for mine in assignments], timeout=300
+    )
     return sum((tally for tally, _ in found), Tally()), sorted(
         d for _, draws in found for d in draws
     )
@@ -306,10 +311,10 @@ def test_two_ranks_read_each_object_once_in_the_first_epoch_and_never_again(
     config = override(config, "optim.global_batch", 2)
     objects = wanted(uploaded, config)
     once = Counter(("GET", path) for path in objects)
-    first = [Share(rank, 2, 0, 3, CPUS / 2) for rank in (0, 1)]
+    first = [Assignment(rank, 2, 0, 3, CPUS / 2) for rank in (0, 1)]
     assert drained_at_once(uploaded, config, first) == (Tally(misses=6), list(range(6)))
     assert objects_read(uploaded) == (once, sum(objects.values()))
-    second = [Share(rank, 2, 3, 6, CPUS / 2) for rank in (0, 1)]
+    second = [Assignment(rank, 2, 3, 6, CPUS / 2) for rank in (0, 1)]
     assert drained_at_once(uploaded, config, second) == (Tally(hits=6), list(range(6, 12)))
     assert objects_read(uploaded) == (Counter(), 0)
 
@@ -319,8 +324,8 @@ def test_two_trials_that_want_the_same_cases_at_once_read_each_object_once(
     uploaded: Uploaded, config: TrainConfig
 ):
     config = override(config, "optim.global_batch", 2)
-    shares = [Share(0, 1, 0, 3, CPUS / 2)] * 2
-    tally, draws = drained_at_once(uploaded, config, shares)
+    assignments = [Assignment(0, 1, 0, 3, CPUS / 2)] * 2
+    tally, draws = drained_at_once(uploaded, config, assignments)
     assert (tally, draws) == (Tally(misses=6, hits=6), sorted([*range(6), *range(6)]))
     objects = wanted(uploaded, config)
     once = Counter(("GET", path) for path in objects)
@@ -332,7 +337,7 @@ def test_without_a_cache_each_visit_reads_its_case_and_nothing_more(
     uploaded: Uploaded, config: TrainConfig
 ):
     config = override_all(config, {"optim.global_batch": 2, "data.cache_gb": 0.0})
-    tally, _ = drained_at_once(uploaded, config, [Share(0, 1, 0, 6, CPUS)])
+    tally, _ = drained_at_once(uploaded, config, [Assignment(0, 1, 0, 6, CPUS)])
     assert tally == Tally(misses=12)
     objects = wanted(uploaded, config)
     twice = Counter({("GET", path): 2 for path in objects})

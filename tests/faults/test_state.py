@@ -17,8 +17,9 @@ pytestmark = pytest.mark.faults
 def poisoned(config, bad_steps):
     """Batches of which some have a gain that is not a number."""
     for step, batch in enumerate(batches(config, CASES, (0, 1, 0))):
-        gain = torch.full_like(batch.gain, torch.nan)
-        yield replace(batch, gain=gain) if step in bad_steps else batch
+        gain = torch.full_like(batch.scaling.gain, torch.nan)
+        scaling = replace(batch.scaling, gain=gain)
+        yield replace(batch, scaling=scaling) if step in bad_steps else batch
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

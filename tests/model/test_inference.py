@@ -158,10 +158,10 @@ def test_slices_are_resized_in_prediction_as_in_training():
 
     predict_case(watching, config, prepared, torch.device("cpu"))
     predicted = torch.cat(seen, dim=4)[0].numpy()
-    gain, bias = (v[:, None, None] for v in (prepared.gain, prepared.bias))
+    gain, bias = (v[:, None, None] for v in (prepared.scaling.gain, prepared.scaling.bias))
     for k in range(prepared.image.shape[3]):
         planes, _ = cut_slice(prepared, prepared.box[2].start + k, size)
-        brain = (planes != prepared.background[:, None, None, None]).any(axis=0)[..., 0]
+        brain = (planes != prepared.scaling.background[:, None, None, None]).any(axis=0)[..., 0]
         trained = np.where(brain, planes[..., 0] * gain + bias, 0)
         step = gain.max() / 2  # the training's voxels are rounded
         assert np.abs(predicted[..., k] - trained).max() <= step + 1e-3
