@@ -1,0 +1,125 @@
+"""F27 and SIGTERM: the trials of a sweep are attempts like any other run."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from mlflow import MlflowClient
+from services import processes
+
+from raybrats import storage
+from raybrats.config import override_all
+from raybrats.runs import record
+from raybrats.runs.sweep import search
+from raybrats.train import checkpoint
+
+pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow, pytest.mark.slow]
+STEPS, SAVE_EVERY = 160, 8
+SPACE = ["loss.dice_weight=uniform(0.2,0.8)"]
+
+
+@pytest.fixture(scope="module")
+def base(two_workers):
+    """One worker a trial, two trials at once, long enough for a fault to befall them."""
+    changes = {
+        "cluster.workers": 1,
+        "cluster.max_failures": 1,
+        "optim.steps": STEPS,
+        "validation.every_steps": STEPS,
+        "run.save_every_steps": SAVE_EVERY,
+        "tracking.experiment": "sweeps",
+        "tracking.model": "sweeps",
+    }
+    return override_all(two_workers, changes)
+
+
+def until(condition, seconds=240.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it has not come to that"
+        time.sleep(0.2)
+    return found
+
+
+def trials(config):
+    """Run URIs of the trials of a sweep that have a record, by their own names."""
+    prefix = storage.join(config.run.storage_uri, f"{config.run.name}-")
+    found = Path(config.run.storage_uri).glob(f"{config.run.name}-*/run.json")
+    return sorted(str(path.parent) for path in found if str(path).startswith(prefix))
+
+
+def saved(run_uri):
+    return [written.step for written in checkpoint.written(run_uri)]
+
+
+def kill_a_trial(config, session, happened):
+    """SIGKILL to the process of a trial, which is not that of its workers, with a checkpoint."""
+    (run_uri, *_) = until(lambda: [uri for uri in trials(config) if saved(uri)])
+    (victim, *_) = processes(session, "ray::ImplicitFunc")
+    before = (record.read(run_uri).mlflow_run_id, saved(run_uri))
+    os.kill(victim, signal.SIGKILL)
+    happened.append((run_uri, *before))
+
+
+def test_a_trial_that_is_killed_resumes_in_its_own_mlflow_run(base, ray_cluster):
+    config, happened = override_all(base, {"run.name": "kill"}), []
+    arguments = (config, ray_cluster.session, happened)
+    killer = threading.Thread(target=kill_a_trial, args=arguments, daemon=True)
+    killer.start()
+    sweep = search(config, SPACE, 1)
+    killer.join(30)
+    ((run_uri, run_id, steps_before),) = happened
+    print(f"killed with checkpoints {steps_before}; {sweep}")
+    assert max(steps_before) < STEPS, "it was at work"
+    (trial,) = sweep.trials
+    assert (trial.status, trial.error) == ("finished", "")
+    assert (trial.run_uri, trial.mlflow_run_id) == (run_uri, run_id)
+    assert sweep.best.score == trial.score
+    assert sweep.model.name == "sweeps"
+    client = MlflowClient(config.tracking.uri)
+    experiment = client.get_experiment_by_name("sweeps").experiment_id
+    parent = client.get_run(run_id).data.tags["mlflow.parentRunId"]
+    children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent}'")
+    assert [child.info.run_id for child in children] == [run_id], "no second run"
+    assert children[0].info.status == client.get_run(parent).info.status == "FINISHED"
+    history = client.get_metric_history(run_id, "train/loss")
+    assert [m.step for m in history] == list(range(10, STEPS + 1, 10)), "each step once"
+    until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 90)
+
+
+def test_a_sweep_that_is_stopped_leaves_a_checkpoint_of_each_trial(base, ray_cluster):
+    """SIGTERM to the driver, which is another process; what it started is gone after it."""
+    config = override_all(base, {"run.name": "stop"})
+    words = [
+        *("tune", "tiny", "--trials", "2", "--space", *SPACE, "--run.name", "stop"),
+        *("--run.storage_uri", config.run.storage_uri, "--data.cohort", config.data.cohort),
+        *("--data.patch_size", "16", "16", "16", "--network.widths", "4", "8", "8"),
+        *("--cluster.workers", "1", "--optim.steps", "4000", "--run.save_every_steps", "100"),
+        *("--validation.every_steps", "4000", "--optim.global_batch", "2"),
+        *("--tracking.uri", config.tracking.uri, "--tracking.experiment", "sweeps"),
+    ]
+    environment = {**os.environ, **ray_cluster.of_workers, **ray_cluster.environment}
+    command = [str(Path(sys.executable).with_name("raybrats")), *words]
+    driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    until(lambda: len([uri for uri in trials(config) if saved(uri)]) == 2 or driver.poll())
+    before = {uri: saved(uri) for uri in trials(config)}
+    driver.send_signal(signal.SIGTERM)
+    _, said = driver.communicate(timeout=120)
+    after = {uri: saved(uri) for uri in trials(config)}
+    print(f"before {before}, after {after}")
+    assert driver.returncode == 130, said[-3000:]
+    assert "interrupted" in said
+    for uri, steps in after.items():
+        assert max(steps) > max(before[uri])
+    client = MlflowClient(config.tracking.uri)
+    runs = [client.get_run(record.read(uri).mlflow_run_id) for uri in after]
+    assert {run.info.status for run in runs} == {"KILLED"}
+    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in runs}
+    assert client.get_run(parent).info.status == "KILLED"
+    until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 90)
