@@ -19,7 +19,7 @@ FIELD_MM = (240.0, 240.0, 155.0)
 
 WM, GM, CSF, VESSEL, OEDEMA, RIM, NECROSIS = range(7)
 
-PARTS = (  # of either side, in order of painting: tissue, share, two ends (x, y, z / 1.5, radius)
+PARTS = (  # either side, in order of painting: tissue, fraction, two ends (x, y, z / 1.5, radius)
     (GM, 0.75, (10, 1, 2, 6.0), (11, 15, 2, 7.5)),  # thalamus
     (GM, 0.90, (24, -16, 1, 5.0), (28, 8, 1, 4.0)),  # putamen and pallidum
     (GM, 1.00, (16, -30, 5, 4.5), (17, -14, 9, 3.0)),  # caudate
@@ -44,20 +44,22 @@ STEM: Ellipsoids = (
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the voxels around the head lie, and the case's source of chance."""
+    """Where the voxels around the head lie, and the random generator of the case."""
 
     rng: np.random.Generator
     axes: Points
+    """Positions in mm along x, y and z."""
     box: tuple[slice, ...]
+    """Where these voxels are in the volume."""
     voxel_mm3: float
 
     @property
     def mesh(self) -> Points:
-        """Positions that broadcast to the box."""
+        """Positions in mm that broadcast to the box."""
         return np.meshgrid(*self.axes, indexing="ij", sparse=True)
 
     def noise(self, scale_mm: float, axes: Points | None = None) -> np.ndarray:
-        """Smooth field of unit variance: a cubic spline of random knots, at voxels or `axes`."""
+        """A smooth field of unit variance: a cubic spline of random knots, at voxels or `axes`."""
         num_knots = int(230 / scale_mm) + 4
         field = self.rng.standard_normal((num_knots,) * 3, dtype=np.float32) / 0.332
         weights = []
@@ -67,32 +69,45 @@ class Frame:
         return np.tensordot(weights[0], weights[1] @ (field @ weights[2].T), 1)
 
     def paint(
-        self, shares: np.ndarray, tissue: int, depth: np.ndarray, *, share: float | np.ndarray = 1
+        self,
+        fractions: np.ndarray,
+        tissue: int,
+        depth: np.ndarray,
+        *,
+        fraction: float | np.ndarray = 1,
     ) -> None:
-        """Replace what lies inside a structure by a tissue, partial volumes at its boundary."""
-        inside = share * np.clip(depth / max(1.4, self.voxel_mm3 ** (1 / 3)) + 0.5, 0, 1)
-        shares *= 1 - inside
-        shares[tissue] += inside
+        """Replaces what lies inside a structure by a tissue, in part at its boundary."""
+        inside = fraction * np.clip(depth / max(1.4, self.voxel_mm3 ** (1 / 3)) + 0.5, 0, 1)
+        fractions *= 1 - inside
+        fractions[tissue] += inside
 
     def level(self, field: np.ndarray, cm3: float) -> float:
-        """Value under which the lowest voxels of a field fill a volume."""
+        """The value under which the lowest voxels of a field fill a volume."""
         count = max(1, round(1000 * cm3 / self.voxel_mm3))
         return float(np.partition(field, count, axis=None)[count])
 
 
 @dataclass(frozen=True)
 class Tumour:
-    """Place in mm, and what it fills."""
+    """Place of a tumour, and the volumes of its parts."""
 
     centre: Vector
+    """Position in mm."""
     stretch: Vector
+    """Relative extent along x, y and z."""
     rim_cm3: float
     necrosis_cm3: float
     oedema_cm3: float
 
 
 def make_frame(rng: np.random.Generator, shape: Shape) -> Frame:
-    """The voxels near a head that lies almost in the middle of the field."""
+    """The voxels near a head that lies almost in the middle of the field.
+
+    Example:
+        >>> frame = make_frame(np.random.default_rng(0), (24, 24, 20))
+        >>> [len(mm) for mm in frame.axes], frame.voxel_mm3
+        ([16, 20, 20], 775.0)
+    """
     axes, box, spacing = [], [], np.divide(FIELD_MM, shape)
     middle = np.array((120, 120, 77)) + rng.uniform(-2, 2, 3)
     for n, step, centre, reach in zip(shape, spacing, middle, (80, 98, 98), strict=True):
@@ -104,7 +119,14 @@ def make_frame(rng: np.random.Generator, shape: Shape) -> Frame:
 
 
 def draw_head(frame: Frame, tumour: Tumour) -> tuple[np.ndarray, np.ndarray]:
-    """Brain mask (i, j, k) and shares (tissue, i, j, k) before the tumour infiltrates them."""
+    """Brain mask (i, j, k) and fractions (tissue, i, j, k) before the tumour infiltrates them.
+
+    Example:
+        >>> frame = make_frame(np.random.default_rng(0), (24, 24, 20))
+        >>> brain, fractions = draw_head(frame, Tumour((30, 0, 20), (1, 1, 1), 20, 10, 50))
+        >>> fractions.shape, bool(brain.any())
+        ((7, 16, 20, 20), True)
+    """
     x, y, z = points = _displaced(frame, tumour)
     sides = (abs(x), y, z)
     hull, radius = _hull(points)
@@ -113,19 +135,20 @@ def draw_head(frame: Frame, tumour: Tumour) -> tuple[np.ndarray, np.ndarray]:
     sulcus, vein = _folds(frame, points, hull, radius)
     pial = np.minimum(np.minimum(hull, sulcus), _fissures(frame, sides))
     pial = np.where(z < -14, np.minimum(pial, -1.5 - hindbrain), pial)
-    shares = np.zeros((7, *pial.shape), np.float32)
-    shares[WM] = 1
-    frame.paint(shares, GM, 3.6 - pial)
-    frame.paint(shares, CSF, 0.7 - pial)
+    fractions = np.zeros((7, *pial.shape), np.float32)
+    fractions[WM] = 1
+    frame.paint(fractions, GM, 3.6 - pial)
+    frame.paint(fractions, CSF, 0.7 - pial)
     wave = 2 * np.pi * (0.9 * z + 0.4 * y + 2 * frame.noise(8))
-    frame.paint(shares, GM, cerebellum + 0.5)
-    frame.paint(shares, CSF, cerebellum, share=0.3 * np.clip(np.cos(wave / 4.5), 0, 1))
-    frame.paint(shares, WM, cerebellum - 9.5 + 3 * np.cos(wave / 13))
-    frame.paint(shares, WM, stem, share=0.8)
-    for tissue, share, start, end in PARTS:
-        frame.paint(shares, tissue, _capsule((abs(x), y, z / 1.5), start, end), share=share)
-    frame.paint(shares, VESSEL, np.where(hull > -1, 1 - np.hypot(vein, pial), -9))
-    return np.maximum(hull, hindbrain) > -0.7, shares
+    frame.paint(fractions, GM, cerebellum + 0.5)
+    frame.paint(fractions, CSF, cerebellum, fraction=0.3 * np.clip(np.cos(wave / 4.5), 0, 1))
+    frame.paint(fractions, WM, cerebellum - 9.5 + 3 * np.cos(wave / 13))
+    frame.paint(fractions, WM, stem, fraction=0.8)
+    for tissue, fraction, start, end in PARTS:
+        depth = _capsule((abs(x), y, z / 1.5), start, end)
+        frame.paint(fractions, tissue, depth, fraction=fraction)
+    frame.paint(fractions, VESSEL, np.where(hull > -1, 1 - np.hypot(vein, pial), -9))
+    return np.maximum(hull, hindbrain) > -0.7, fractions
 
 
 def _displaced(frame: Frame, tumour: Tumour) -> Points:

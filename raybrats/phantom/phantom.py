@@ -28,7 +28,7 @@ from raybrats.phantom.anatomy import (
     make_frame,
 )
 
-CONTRASTS = {  # of each tissue, white matter in T1 being 1; by eye after published BraTS figures
+CONTRASTS = {  # signal of each tissue, white matter in T1 being 1; after published BraTS figures
     "flair": (0.56, 0.70, 0.20, 0.35, 1.00, 0.92, 0.66),
     "t1": (1.00, 0.76, 0.38, 0.60, 0.68, 0.70, 0.50),
     "t1ce": (1.00, 0.79, 0.40, 1.45, 0.71, 1.50, 0.52),
@@ -45,17 +45,22 @@ def make_phantom(
 
     Raises:
         UsageError: the shape has an axis under 16 voxels.
+
+    Example:
+        >>> image, labels = make_phantom(0, shape=(24, 24, 20))
+        >>> image.shape, np.unique(labels).tolist()
+        ((4, 24, 24, 20), [0, 1, 2, 3])
     """
     if min(shape) < 16:
         raise UsageError(f"a phantom needs at least 16 voxels on every axis, got shape {shape}")
     rng = np.random.default_rng([seed, index])
     frame = make_frame(rng, shape)
     tumour = _draw_tumour(rng, enhancing=index % 5 != 3)
-    brain, shares = draw_head(frame, tumour)
+    brain, fractions = draw_head(frame, tumour)
     labels = np.zeros(shape, np.uint8)
-    labels[frame.box] = _grow(frame, tumour, brain, shares)
+    labels[frame.box] = _grow(frame, tumour, brain, fractions)
     image = np.zeros((len(MODALITIES), *shape), np.int16)
-    image[:, *frame.box] = _scan(frame, brain, shares)
+    image[:, *frame.box] = _scan(frame, brain, fractions)
     return image, labels
 
 
@@ -67,10 +72,14 @@ def write_phantoms(
     edition: str = "2020",
     seed: int = 0,
 ) -> list[str]:
-    """Write cases below a folder, as the edition's archive unpacks there; returns the case ids.
+    """Writes cases below a folder, as the edition's archive unpacks there; returns the case ids.
 
     Raises:
         UsageError: no such edition, no cases, or the shape has an axis under 16 voxels.
+
+    Example:
+        >>> write_phantoms("phantoms", num_cases=1, shape=(24, 24, 20), edition="2023")
+        ['BraTS-GLI-00000-000']
     """
     if edition not in EDITIONS:
         raise UsageError(f"edition must be one of {', '.join(EDITIONS)}, got {edition!r}")
@@ -100,15 +109,15 @@ def _draw_tumour(rng: np.random.Generator, *, enhancing: bool) -> Tumour:
     )
 
 
-def _grow(frame: Frame, tumour: Tumour, brain: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Labels (i, j, k) of the tumour, which also takes its share of the tissues."""
+def _grow(frame: Frame, tumour: Tumour, brain: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+    """Labels (i, j, k) of the tumour, which also replaces tissue in the fractions."""
     offsets = zip(frame.mesh, tumour.centre, tumour.stretch, strict=True)
     distance = np.sqrt(sum(((p - c) / s) ** 2 for p, c, s in offsets))
     side = 1 if tumour.centre[0] > 0 else -1
     across = np.maximum(8 - side * frame.mesh[0], 0)
     patchy = 3.5 * frame.noise(12) + 1.8 * frame.noise(6)
-    bulk = distance + patchy + 2.5 * across + 12 * shares[CSF] + np.float32(99) * ~brain
-    spread = 0.7 * bulk + 5 * frame.noise(14) + 9 * shares[GM] + 6 * shares[CSF]
+    bulk = distance + patchy + 2.5 * across + 12 * fractions[CSF] + np.float32(99) * ~brain
+    spread = 0.7 * bulk + 5 * frame.noise(14) + 9 * fractions[GM] + 6 * fractions[CSF]
     inner = bulk + 1.8 * frame.noise(8)
     core_cm3 = tumour.rim_cm3 + tumour.necrosis_cm3
     bulk -= frame.level(bulk, core_cm3)
@@ -116,18 +125,18 @@ def _grow(frame: Frame, tumour: Tumour, brain: np.ndarray, shares: np.ndarray) -
     inner -= frame.level(np.where(bulk < 0, inner, 999), tumour.necrosis_cm3)
     inner = np.maximum(inner, bulk) if tumour.rim_cm3 else bulk
     strength = np.clip(0.8 + 0.05 * patchy, 0.35, 1)
-    frame.paint(shares, OEDEMA, -spread, share=strength * (1 - shares[CSF]))
+    frame.paint(fractions, OEDEMA, -spread, fraction=strength * (1 - fractions[CSF]))
     if tumour.rim_cm3:
-        frame.paint(shares, RIM, -bulk, share=np.clip(strength + 0.15, 0, 1))
-    frame.paint(shares, NECROSIS, -inner, share=0.95)
+        frame.paint(fractions, RIM, -bulk, fraction=np.clip(strength + 0.15, 0, 1))
+    frame.paint(fractions, NECROSIS, -inner, fraction=0.95)
     labels = np.where(inner < 0, NCR, np.where(bulk < 0, ET, np.where(spread < 0, ED, 0)))
     return (labels * brain).astype(np.uint8)
 
 
-def _scan(frame: Frame, brain: np.ndarray, shares: np.ndarray) -> np.ndarray:
+def _scan(frame: Frame, brain: np.ndarray, fractions: np.ndarray) -> np.ndarray:
     """Image (modality, i, j, k): contrast, texture, coil shading and Rician noise."""
     image = np.zeros((len(MODALITIES), *brain.shape), np.int16)
-    inside, coil = shares[:, brain], 0.06 * frame.noise(60)[brain]
+    inside, coil = fractions[:, brain], 0.06 * frame.noise(60)[brain]
     texture = 0.02 * frame.noise(5)[brain]
     gain = 450 * frame.rng.uniform(0.7, 1.5)
     for channel, modality in enumerate(MODALITIES):

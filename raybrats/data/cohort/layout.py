@@ -59,7 +59,8 @@ def find_files(uri: str) -> list[Files]:
     """
     uri = storage.absolute(uri)
     storage.require(uri)
-    objects = [name for name in storage.list_objects(uri) if not _hidden(name, uri)]
+    hidden = "/."
+    objects = [name for name in storage.list_objects(uri) if hidden not in f"/{name[len(uri) :]}"]
     claimed: set[str] = set()
     found: list[Files] = []
     for name in objects:
@@ -128,11 +129,6 @@ def case_id_of(label_uri: str) -> str:
         ('BraTS2021_00000', 'BraTS2021_00000')
     """
     return re.sub(r"[_-](seg|pred|prediction)$", "", stem(label_uri), flags=re.IGNORECASE)
-
-
-def _hidden(name: str, root: str) -> bool:
-    below = name[len(root) :]
-    return any(part.startswith(".") for part in below.split("/"))
 
 
 def _links_out(name: str, root: str) -> bool:

@@ -147,8 +147,9 @@ def on_one_grid(case_id: str, names: Sequence[str], volumes: Sequence[Volume]) -
     """
     first = next((v.grid for v in volumes if v.grid.oriented), volumes[0].grid)
     placed = [v if v.grid.oriented else _placed(v, first) for v in volumes]
+    wanted = tuple(first.shape[axis] for axis in np.argsort(_reorientation(first)[:, 0]))
     for volume, name in zip(placed, names, strict=True):
-        shape, wanted = volume.voxels.shape[:3], _canonical_shape(first)
+        shape = volume.voxels.shape[:3]
         if shape != wanted:
             shapes = f"{shape} and {wanted}"
             raise GridError(f"{case_id}: {name} differs in shape from the others: {shapes}")
@@ -167,11 +168,6 @@ def canonical_spacing(grid: Grid) -> tuple[float, float, float]:
         (5.0, 1.0, 1.0)
     """
     i, j, k = (grid.spacing[axis] for axis in np.argsort(_reorientation(grid)[:, 0]))
-    return i, j, k
-
-
-def _canonical_shape(grid: Grid) -> tuple[int, int, int]:
-    i, j, k = (grid.shape[axis] for axis in np.argsort(_reorientation(grid)[:, 0]))
     return i, j, k
 
 
