@@ -10,28 +10,48 @@ from torch.nn.functional import interpolate
 
 from raybrats.brats import ED, ET, NCR, REGIONS
 from raybrats.config import TrainConfig
-from raybrats.data.batch import Batch, normalise
+from raybrats.data.batch import normalise
 from raybrats.data.prepare import Prepared, prepare, restore
 from raybrats.model.network import heads
 
 SLICES_AT_ONCE = 16
-"""Slices that a 2-D network is given together: about a 128^3 patch's worth of activations."""
+"""Slices that a 2-D network takes together: about as many activations as a 128^3 patch has."""
 
 
 def whole_case(prepared: Prepared, device: torch.device) -> Tensor:
-    """A prepared case as network input, float32 (1, modality, i, j, k)."""
-    empty = torch.zeros(1, dtype=torch.uint8)
-    names = ("image", "gain", "bias", "low", "high", "background")
-    # Cached arrays are read-only maps of a file, which torch does not take: one copy of a case.
-    columns = {name: torch.from_numpy(np.array(getattr(prepared, name)))[None] for name in names}
-    return normalise(Batch(labels=empty, draw=empty.long(), **columns).to(device))[0]
+    """A prepared case as network input, float32 (1, modality, i, j, k).
+
+    Example:
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> prepared = prepare(*make_phantom(0, shape=(24, 24, 20)))
+        >>> whole_case(prepared, torch.device("cpu"))[0].shape == prepared.image.shape
+        True
+    """
+
+    def moved(array: np.ndarray) -> Tensor:
+        # Cached arrays are read-only maps of a file, which torch does not take: one copy of a case.
+        return torch.from_numpy(np.array(array))[None].to(device)
+
+    return normalise(moved(prepared.image), prepared.scaling.map(moved))[0]
 
 
 @torch.inference_mode()
 def predict_case(
     network: nn.Module, config: TrainConfig, prepared: Prepared, device: torch.device
 ) -> Tensor:
-    """Region masks of a prepared case, bool (1, region, i, j, k), cut as the training's draws."""
+    """Region masks of a prepared case, bool (1, region, i, j, k).
+
+    The network sees pieces as in training: patches, slices, or the whole case.
+
+    Example:
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> from raybrats.recipes import tiny
+        >>> config, cpu = tiny(), torch.device("cpu")
+        >>> prepared = prepare(*make_phantom(0, shape=(24, 24, 20)))
+        >>> network = nn.Conv3d(4, 3, kernel_size=1)
+        >>> predict_case(network, config, prepared, cpu).shape[2:] == prepared.image.shape[1:]
+        True
+    """
     image, stride = whole_case(prepared, device), config.network.stride
     overlap, sampling = config.validation.overlap, config.data.sampling
     if sampling == "slices":
@@ -46,7 +66,13 @@ def predict_case(
 def predict_regions(
     network: nn.Module, image: Tensor, patch_size: Sequence[int], overlap: float
 ) -> Tensor:
-    """Region masks of a whole image, bool (batch, region, i, j, k), by blended sliding windows."""
+    """Region masks of a whole image, bool (batch, region, i, j, k), by blended sliding windows.
+
+    Example:
+        >>> network = nn.Conv3d(4, 3, kernel_size=1)
+        >>> predict_regions(network, torch.zeros(1, 4, 9, 9, 7), (8, 8, 8), overlap=0.5).shape
+        torch.Size([1, 3, 9, 9, 7])
+    """
     logits = sliding_window_inference(
         image,
         roi_size=tuple(patch_size),
@@ -63,7 +89,7 @@ def predict_regions(
 def _predict_slices(
     network: nn.Module, config: TrainConfig, prepared: Prepared, image: Tensor
 ) -> Tensor:
-    """Every slice of the box in its whole frame, resized as in training, and back."""
+    """Region masks from every slice of the box, resized in its whole frame as in training."""
     depth, size = image.shape[4], config.data.patch_size
     frame = image.new_zeros(1, image.shape[1], *prepared.shape[:2], depth)
     within = (..., prepared.box[0], prepared.box[1], slice(None))
@@ -74,7 +100,7 @@ def _predict_slices(
 
 
 def _resized_brain(frame: Tensor, size: Sequence[int]) -> Tensor:
-    """As `patch.cut_slice` does it: linear among brain voxels, its edge from the nearest."""
+    """The frame resized as by `patch.cut_slice`: linear among brain voxels, the edge nearest."""
     brain = (frame != 0).any(dim=1, keepdim=True).float()
     weight = _resized(brain, size)
     kept = (interpolate(brain, size=tuple(size), mode="nearest-exact") > 0) & (weight > 0)
@@ -86,7 +112,13 @@ def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def labels_of(regions: Tensor) -> Tensor:
-    """Labels uint8 (batch, i, j, k) from nested region masks: WT is ED, over it NCR, over it ET."""
+    """Labels uint8 (batch, i, j, k) of nested regions: ED in WT, over it NCR in TC, over it ET.
+
+    Example:
+        >>> regions = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1]]) > 0  # WT, TC, ET
+        >>> labels_of(regions.view(1, 3, 3, 1, 1)).flatten()
+        tensor([1, 2, 3], dtype=torch.uint8)
+    """
     labels = torch.zeros_like(regions[:, 0], dtype=torch.uint8)
     for region, label in zip(REGIONS, (ED, NCR, ET), strict=True):
         labels[regions[:, REGIONS.index(region)]] = label
@@ -100,6 +132,13 @@ def segment(network: nn.Module, config: TrainConfig, image: np.ndarray) -> np.nd
 
     Raises:
         DataError: the image is all background.
+
+    Example:
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> from raybrats.recipes import tiny
+        >>> image, _ = make_phantom(0, shape=(24, 24, 20))
+        >>> segment(nn.Conv3d(4, 3, kernel_size=1), tiny(), image).shape
+        (24, 24, 20)
     """
     device = next(network.parameters()).device
     prepared = prepare(list(image), None, config.data.normalisation, config.data.percentiles)

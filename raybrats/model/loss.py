@@ -12,12 +12,20 @@ from raybrats.brats import REGION_LABELS, REGIONS
 from raybrats.config import LossConfig
 
 SMOOTH = 1e-5
-"""Added above and below the line of the Dice, so that an empty region that is found empty has 1
-(nnU-Net, MONAI)."""
+"""Voxels added to numerator and denominator of the Dice, which makes it 1 for an empty region that
+is found empty (nnU-Net, MONAI)."""
 
 
 def region_masks(labels: Tensor) -> Tensor:
-    """Labels (batch, i, j, k) as one mask a region, float32 (batch, region, i, j, k)."""
+    """Labels (batch, i, j, k) as one mask a region, float32 (batch, region, i, j, k).
+
+    Example:
+        >>> labels = torch.tensor([1, 2, 3]).view(1, 3, 1, 1)  # NCR, ED, ET
+        >>> region_masks(labels)[0, :, :, 0, 0]  # WT, TC, ET
+        tensor([[1., 1., 1.],
+                [1., 0., 1.],
+                [0., 0., 1.]])
+    """
     masks = [
         torch.stack([labels == label for label in REGION_LABELS[region]]).any(dim=0)
         for region in REGIONS
@@ -31,6 +39,13 @@ class RegionLoss(nn.Module):
     The weights 1, 1/2, 1/4, ... are normalised to sum to 1 (nnU-Net); all are above zero, so that
     every head gets a gradient, as DDP needs. A Dice over the batch is one over the batches of all
     ranks: MONAI's would be over each rank's own, so several GPUs would learn something else.
+
+    Example:
+        >>> labels = torch.randint(0, 4, (2, 8, 8, 8))
+        >>> right = 100 * (2 * region_masks(labels) - 1)  # logits of a sure network that is right
+        >>> loss = RegionLoss(LossConfig())
+        >>> bool(loss([right], labels) < 1e-3), bool(loss([-right], labels) > 1)
+        (True, True)
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -49,12 +64,13 @@ class RegionLoss(nn.Module):
         """Mean over heads of the weighted terms; a scalar.
 
         Args:
-            logits: of each head, finest first, (batch, region, i, j, k).
-            labels: (batch, i, j, k).
+            logits: the logits of each head, finest first, (batch, region, i, j, k).
+            labels: the labels, (batch, i, j, k).
             weight: what the terms count that are means over this batch: its patches times the
                 ranks over the global batch, so that DDP's mean over ranks is the mean over patches.
                 With 0 the batch counts nowhere.
-            fraction: what a Dice over the batch counts: one over the micro-batches of the step.
+            fraction: what a Dice over the batch counts: 1 over the number of the step's
+                micro-batches.
         """
         target, config = region_masks(labels), self._config
         heads = [head.float() for head in logits]
@@ -66,7 +82,8 @@ class RegionLoss(nn.Module):
             sums = torch.stack([_overlaps(head, target) for head in heads])
             if config.batch_dice:
                 sums, weight = _over_ranks((weight > 0) * sums.sum(dim=2)), fraction
-            total = total + config.dice_weight * weight * (1 - _dice(sums)).flatten(1).mean(dim=1)
+            dice = (sums[:, 0] + SMOOTH) / (sums[:, 1] + SMOOTH)  # (head, ...)
+            total = total + config.dice_weight * weight * (1 - dice).flatten(1).mean(dim=1)
         return (total * weights).sum() / weights.sum()  # no matrix product: autocast would round it
 
     def _voxelwise(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -79,20 +96,15 @@ class RegionLoss(nn.Module):
 
 
 def _overlaps(logits: Tensor, target: Tensor) -> Tensor:
-    """Twice the overlap, and the two sizes together: (2, batch, region)."""
+    """Twice the overlap and the sum of the two sizes, in voxels: (2, batch, region)."""
     found = torch.sigmoid(logits)
     overlap = (found * target).sum(dim=(2, 3, 4))
     sizes = found.sum(dim=(2, 3, 4)) + target.sum(dim=(2, 3, 4))
     return torch.stack([2 * overlap, sizes])
 
 
-def _dice(sums: Tensor) -> Tensor:
-    """From (head, 2, ...) to (head, ...)."""
-    return (sums[:, 0] + SMOOTH) / (sums[:, 1] + SMOOTH)
-
-
 def _over_ranks(sums: Tensor) -> Tensor:
-    """The sums of all ranks; the gradient is of this rank's part, times the ranks.
+    """The sums over all ranks, with the gradient of this rank's part times the number of ranks.
 
     DDP takes the mean of the ranks' gradients, which makes it the gradient of the whole.
     """

@@ -15,28 +15,36 @@ HD95_ONE_EMPTY_MM = 373.12866
 
 @dataclass(frozen=True)
 class Score:
-    """Voxel-wise scores of one region of one case.
-
-    `f1` is the harmonic mean of precision and sensitivity: for voxels the same number as `dice`.
-    `hd95_mm` is the larger of the two directed 95th percentiles of surface distances.
-    """
+    """Voxel-wise scores of one region of one case."""
 
     region: Region
     dice: float
     iou: float
     f1: float
+    """Harmonic mean of precision and sensitivity: for voxels the same number as `dice`."""
     hd95_mm: float
+    """Larger of the two directed 95th percentiles of surface distances."""
     sensitivity: float
     specificity: float
 
 
 def region_mask(labels: np.ndarray, region: Region) -> np.ndarray:
-    """The voxels of a region, bool, in the shape of the labels."""
+    """The voxels of a region, bool, in the shape of the labels.
+
+    Example:
+        >>> region_mask(np.array([0, 1, 2, 3]), "TC")
+        array([False,  True, False,  True])
+    """
     return np.isin(labels, REGION_LABELS[region])
 
 
 def region_dice(prediction: np.ndarray, reference: np.ndarray) -> list[float]:
-    """Dice of each region; 1 where both are empty."""
+    """Dice of each region, 1 where both are empty.
+
+    Example:
+        >>> region_dice(np.array([1, 1, 2, 0]), np.array([1, 3, 2, 0]))
+        [1.0, 1.0, 0.0]
+    """
     pairs = [(region_mask(prediction, r), region_mask(reference, r)) for r in REGIONS]
     return [_ratio(2 * int((p & r).sum()), int(p.sum()) + int(r.sum())) for p, r in pairs]
 
@@ -47,6 +55,15 @@ def score_case(
     """Scores of each region of labels (i, j, k) against reference labels of the same shape.
 
     Both empty: Dice 1, HD95 0, sensitivity 1; one empty: Dice 0, HD95 373.13 mm (BraTS).
+
+    Example:
+        >>> labels = np.zeros((8, 8, 8), np.uint8)
+        >>> labels[2:6, 2:6, 2:6] = 3
+        >>> for score in score_case(labels, np.roll(labels, 1, axis=0), (1.0, 1.0, 1.0)):
+        ...     print(score.region, score.dice, score.hd95_mm)
+        WT 0.75 1.0
+        TC 0.75 1.0
+        ET 0.75 1.0
     """
     scores = []
     for region in REGIONS:
@@ -72,7 +89,14 @@ def score_case(
 def hd95(
     prediction: np.ndarray, reference: np.ndarray, spacing_mm: tuple[float, float, float]
 ) -> float:
-    """95th percentile Hausdorff distance of two masks in mm, as MONAI defines it."""
+    """95th percentile Hausdorff distance of two masks in mm, as MONAI defines it.
+
+    Example:
+        >>> mask = np.zeros((8, 8, 8), bool)
+        >>> mask[2, 2, 2] = True
+        >>> hd95(mask, np.roll(mask, 3, axis=2), spacing_mm=(1.0, 1.0, 2.0))
+        6.0
+    """
     if not prediction.any() or not reference.any():
         return 0.0 if prediction.any() == reference.any() else HD95_ONE_EMPTY_MM
     box = bounding_box(prediction | reference)
@@ -84,5 +108,5 @@ def hd95(
 
 
 def _ratio(part: int, whole: int) -> float:
-    """Part of the whole; 1 where there is nothing to find."""
+    """The part over the whole, or 1 where there is nothing to find."""
     return part / whole if whole else 1.0

@@ -15,13 +15,18 @@ def build(config: NetworkConfig, num_modalities: int, spatial_dims: int = 3) -> 
     """A network from image (batch, modality, i, j, k) to logits (batch, region, i, j, k).
 
     With two spatial dimensions it takes every slice by itself.
+
+    Example:
+        >>> network = build(NetworkConfig(widths=(4, 8, 8), deep_supervision=0), num_modalities=4)
+        >>> network(torch.zeros(1, 4, 16, 16, 8)).shape
+        torch.Size([1, 3, 16, 16, 8])
     """
     network = _build(config, num_modalities, spatial_dims)
     return network if spatial_dims == 3 else _Planar(network)
 
 
 class _Planar(nn.Module):
-    """A 2-D network on slices: (batch, modality, i, j, k), k of them a sample."""
+    """A 2-D network that takes the k slices of (batch, modality, i, j, k) one by one."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -74,6 +79,10 @@ def heads(output: Tensor) -> list[Tensor]:
     """The logits of every head, finest first: one, or several under deep supervision.
 
     MONAI's DynUNet stacks its heads, all at full size, along axis 1: (batch, head, region, ...).
+
+    Example:
+        >>> [tuple(head.shape) for head in heads(torch.zeros(1, 2, 3, 8, 8, 8))]
+        [(1, 3, 8, 8, 8), (1, 3, 8, 8, 8)]
     """
     return list(torch.unbind(output, dim=1)) if output.ndim == 6 else [output]
 
@@ -82,6 +91,10 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
     """Every tensor of a network once, by its first name.
 
     MONAI's DynUNet reaches the same layers by two paths, which `state_dict` lists twice.
+
+    Example:
+        >>> {name: tuple(tensor.shape) for name, tensor in weights_of(nn.Linear(3, 2)).items()}
+        {'weight': (2, 3), 'bias': (2,)}
     """
     return dict(network.named_parameters()) | dict(network.named_buffers())
 
@@ -91,6 +104,12 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     Raises:
         CheckpointError: names or shapes differ.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> load_weights(layer, {"weight": torch.zeros(1, 1), "bias": torch.ones(1)})
+        >>> layer(torch.tensor([5.0])).item()
+        1.0
     """
     own = weights_of(network)
     mismatches = sorted(set(own) ^ set(weights)) or [

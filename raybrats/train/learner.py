@@ -1,4 +1,4 @@
-"""A network while it learns: weights, optimiser, schedule, averages, and the state of all that."""
+"""A network while it learns: weights, optimiser, schedule, averages, and the state of them all."""
 
 import math
 import warnings
@@ -17,6 +17,7 @@ from raybrats.model.loss import RegionLoss
 from raybrats.model.network import build, heads, load_weights, weights_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types that autocast computes in, by `optim.precision`; under fp32 there is no autocast."""
 _PROGRESS = {
     "step": "step",
     "best": "best",
@@ -34,16 +35,17 @@ class Learner:
     config: TrainConfig
     device: torch.device
     network: nn.Module
-    """Called in training: compiled, or a DDP wrapper, or the bare one."""
+    """The network that is called in training: compiled, in a DDP wrapper, or the bare one."""
     bare: nn.Module
     """The same network without a wrapper."""
     optimizer: torch.optim.Optimizer
     loss: RegionLoss
     scaler: torch.amp.GradScaler
-    """Of the loss, under fp16; else it does nothing."""
+    """Scales the loss under fp16; else it does nothing."""
     average: AveragedModel | None = None
     """Exponential moving average of the weights, where the run wants one."""
     step: int = 0
+    """Steps that were done."""
     best: float = -1.0
     """Highest mean region Dice of a validation so far; below all before the first."""
     validations_since_best: int = 0
@@ -51,9 +53,9 @@ class Learner:
     validated_at: int = 0
     """Step of the last validation."""
     skipped: int = 0
-    """Steps that had no finite gradient, of the whole run."""
+    """Steps of the whole run that had no finite gradient."""
     skipped_in_a_row: list[int] = field(default_factory=list)
-    """Those of them that lie directly before `step`."""
+    """The skipped steps that lie directly before `step`."""
 
     @property
     def validated(self) -> nn.Module:
@@ -61,13 +63,13 @@ class Learner:
         return self.average.module if self.average is not None else self.bare
 
     def in_memory_format(self, image: Tensor) -> Tensor:
-        """The image (batch, modality, i, j, k) as it lies best in memory for the network."""
+        """The image (batch, modality, i, j, k) in the memory format of the network's weights."""
         if self.config.spatial_dims == 2:  # it takes (batch, modality, i, j) out of this by itself
             return image
         return image.contiguous(memory_format=_memory_format(self.config))
 
     def autocast(self) -> torch.autocast:
-        """The precision of forward and loss."""
+        """The context in which forward pass and loss are computed in the run's precision."""
         precision = self.config.optim.precision
         kind = PRECISIONS.get(precision, torch.bfloat16)
         return torch.autocast(self.device.type, kind, precision in PRECISIONS)
@@ -77,7 +79,7 @@ class Learner:
         return weights_of(self.validated)
 
     def state(self) -> dict[str, Any]:
-        """Everything else that resuming needs; tensors and plain values."""
+        """Everything else that resuming needs, as tensors and plain values."""
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -91,17 +93,31 @@ class Learner:
         return state
 
     def progress(self) -> dict[str, float]:
-        """How far it is: what a validation changes of it."""
+        """The numbers that say how far the learner is, by their names in stored checkpoints."""
         return {stored: getattr(self, name) for name, stored in _PROGRESS.items()}
+
+    def add_validation(self, mean_dice: float) -> None:
+        """Counts a validation of the present step, by its mean region Dice."""
+        better = mean_dice > self.best
+        self.validations_since_best = 0 if better else self.validations_since_best + 1
+        self.best, self.validated_at = max(self.best, mean_dice), self.step
 
     def restore(
         self, weights: Mapping[str, Tensor], state: Mapping[str, Any], progress: Mapping[str, Any]
     ) -> None:
-        """Continues from a checkpoint.
+        """Takes over what `weights`, `state` and `progress` gave before.
 
         Raises:
-            CheckpointError: it is of another network or optimiser, or lacks a part; with the
+            CheckpointError: they are of another network or optimiser, or lack a part; with the
                 names and shapes that differ.
+
+        Example:
+            >>> from raybrats.recipes import tiny
+            >>> first, second = (new_learner(tiny(), torch.device("cpu")) for _ in range(2))
+            >>> first.step = 7
+            >>> second.restore(first.weights(), first.state(), first.progress())
+            >>> second.step
+            7
         """
         _require_state(self, state)
         load_weights(self.bare, state.get("raw_weights", weights))
@@ -118,10 +134,18 @@ class Learner:
 
 
 def new_learner(config: TrainConfig, device: torch.device) -> Learner:
-    """A learner at step 0; its initial weights follow from the seed."""
+    """A learner at step 0, whose initial weights follow from the seed.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> learner = new_learner(tiny(), torch.device("cpu"))
+        >>> learner.step, type(learner.network).__name__
+        (0, 'DynUNet')
+    """
     torch.manual_seed(config.run.seed)
     network = build(config.network, len(config.data.modalities), config.spatial_dims)
-    network = network.to(device, memory_format=_memory_format(config))
+    # ty: torch declares `memory_format` for tensors only.
+    network = network.to(device, memory_format=_memory_format(config))  # ty: ignore[no-matching-overload]
     average = None
     if config.optim.ema_decay > 0:
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay))
@@ -141,12 +165,23 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
 
 
 def world_size() -> int:
-    """Ranks that train together."""
+    """The number of ranks that train together.
+
+    Example:
+        >>> world_size()
+        1
+    """
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    """The rate of a step: up over the warm-up, then down to 0 at the last step."""
+    """The rate of a step: it rises over the warm-up, then falls to 0 at the end of the run.
+
+    Example:
+        >>> config = OptimConfig(lr=0.1, steps=1000, warmup_steps=10)
+        >>> [round(learning_rate(config, step), 4) for step in (0, 9, 10, 505, 1000)]
+        [0.01, 0.1, 0.1, 0.0536, 0.0]
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
@@ -174,9 +209,10 @@ def _memory_format(config: TrainConfig) -> torch.memory_format:
 
 
 def _compiled(learner: Learner) -> nn.Module:
-    """The network compiled and tried on a batch, which also warms it up; else as it is."""
+    """The network compiled and tried on a batch, which warms it up; the bare one if that fails."""
     config = learner.config
     compiled = torch.compile(learner.bare, dynamic=False)
+    assert isinstance(compiled, nn.Module), "of a module, torch compiles a module"
     most = -(-config.optim.global_batch // world_size())
     size = min(most, config.optim.micro_batch or most)  # of the step's batches: else made anew
     patch = torch.zeros(size, len(config.data.modalities), *config.data.patch_size)
@@ -210,7 +246,7 @@ def _require_state(learner: Learner, state: Mapping[str, Any]) -> None:
 
 
 def _optimizer_mismatches(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> list[str]:
-    """What an optimiser's state has that this one's parameters do not fit."""
+    """What of an optimiser's state does not fit this one's parameters."""
     parameters: Sequence[Tensor] = [p for g in optimizer.param_groups for p in g["params"]]
     own, saved = optimizer.state_dict()["param_groups"][0], state["param_groups"][0]
     mismatches = [f"optimizer.{name}" for name in sorted(set(own) ^ set(saved))]

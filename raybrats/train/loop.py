@@ -1,4 +1,4 @@
-"""A run as plain torch, without Ray: steps, validations, checkpoints, and what is told of them."""
+"""A run as plain torch, without Ray: steps, validations, checkpoints, and figures of them."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +18,7 @@ from raybrats.train.learner import Learner, learning_rate, world_size
 from raybrats.train.step import Inputs, backward, inputs, update
 
 LOG_EVERY_STEPS = 10
+"""Steps between two figures of the training."""
 
 
 @dataclass(frozen=True)
@@ -25,24 +26,36 @@ class Hooks:
     """What a run does besides steps."""
 
     validate: Callable[[], list[list[float]]]
-    """Dice of each region of each held-out case, of all ranks."""
+    """Returns the Dice of each region of each held-out case, of all ranks."""
     log: Callable[[Mapping[str, float]], None]
     """Takes figures of the last steps, or of a validation."""
     save: Callable[[Mapping[str, float], bool], None]
     """Saves the learner with the metrics of a validation, and whether the run ends with it."""
     check_in: Callable[[], None]
-    """Called after every step: saves at once if it was told to."""
+    """Runs after every step, and saves at once where that was asked for."""
 
 
 @dataclass
 class Pace:
-    """Where the time of some steps goes; the first batch of all is waited for before."""
+    """Where the time of some steps goes; the wait for the very first batch is not in it.
+
+    Example:
+        >>> pace = Pace(global_batch=4)
+        >>> for _ in range(2):
+        ...     pace.add(torch.tensor(0.3), seconds=0.5, wait_s=0.1)
+        >>> pace.figures()
+        {'patches_per_s': 8.0, 'step_s': 0.5, 'data_wait_fraction': 0.2}
+    """
 
     global_batch: int
+    """Patches of a step, over all ranks."""
     steps: int = 0
     seconds: float = 0.0
+    """Seconds that the steps took together."""
     wait_s: float = 0.0
+    """Seconds of them in which there was no batch."""
     losses: list[Tensor] = field(default_factory=list)
+    """Losses of the steps, on the device."""
 
     def add(self, loss: Tensor, seconds: float, wait_s: float) -> None:
         """Counts a step."""
@@ -51,7 +64,7 @@ class Pace:
         self.wait_s += wait_s
 
     def figures(self) -> dict[str, float]:
-        """Patches a second of all ranks, seconds a step, and the share of them spent waiting."""
+        """Patches a second of all ranks, seconds a step, and the fraction of them spent waiting."""
         seconds = max(self.seconds, 1e-9)
         return {
             "patches_per_s": self.steps * self.global_batch / seconds,
@@ -61,11 +74,11 @@ class Pace:
 
 
 def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, float]:
-    """Steps to the end of the run, with its validations and checkpoints.
+    """Trains to the end of the run, with its validations and checkpoints.
 
     Args:
-        learner: at the step to go on from.
-        batches: of this rank, from that step on.
+        learner: the learner at the step to go on from.
+        batches: the batches of this rank from that step on.
         hooks: what is done besides.
 
     Returns:
@@ -73,16 +86,27 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
 
     Raises:
         DivergedError: no step of the last ones had a finite gradient.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> from raybrats.train.learner import new_learner
+        >>> learner = new_learner(tiny(), torch.device("cpu"))
+        >>> learner.step = learner.config.optim.steps  # only the last validation is left to do
+        >>> hooks = Hooks(lambda: [[0.9, 0.8, 0.7]], print, lambda *_: None, lambda: None)
+        >>> metrics = run(learner, [], hooks)
+        {'val/dice_WT': 0.9, 'val/dice_TC': 0.8, 'val/dice_ET': 0.7, 'val/dice_mean': 0.8...}
     """
     config, metrics, coming = learner.config, {}, None
     pace, recent = Pace(config.optim.global_batch), Pace(config.optim.global_batch)
     feed = inputs(learner, batches)
     while True:
         if _is_due(learner):
-            metrics = _count_validation(learner, hooks.validate())
+            metrics = mean_scores(hooks.validate(), REGIONS)
+            learner.add_validation(metrics["mean"])
             hooks.log({f"val/dice_{name}": value for name, value in metrics.items()})
             metrics |= pace.figures()
-            ended = _has_ended(learner)
+            patience, waited = config.validation.patience, learner.validations_since_best
+            ended = learner.step >= config.optim.steps or 0 < patience <= waited
             hooks.save(metrics, ended)
             if ended:
                 return metrics
@@ -96,7 +120,19 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
 
 
 def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
-    """Dice of each region of each case, segmented whole."""
+    """Dice of each region of each case, segmented whole.
+
+    Example:
+        >>> from raybrats.data.prepare import prepare
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> from raybrats.recipes import tiny
+        >>> from raybrats.train.learner import new_learner
+        >>> image, labels = make_phantom(0, shape=(24, 24, 20))
+        >>> learner = new_learner(tiny(), torch.device("cpu"))
+        >>> (dice,) = validate(learner, [prepare(list(image), labels)])
+        >>> len(dice), 0 <= min(dice) <= max(dice) <= 1
+        (3, True)
+    """
     network, scores = learner.validated, []
     network.eval()
     for prepared in cases:
@@ -111,7 +147,12 @@ def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
 def gathered(
     scores: list[list[float]], group: torch.distributed.ProcessGroup | None = None
 ) -> list[list[float]]:
-    """The scores of all ranks in the order of the cases, of which rank r has r, r + world, ..."""
+    """The scores of all ranks in the order of the cases; rank r has cases r, r + world, ...
+
+    Example:
+        >>> gathered([[0.9, 0.8, 0.7]])  # one rank alone
+        [[0.9, 0.8, 0.7]]
+    """
     world = world_size()
     if world == 1:
         return scores
@@ -122,30 +163,28 @@ def gathered(
 
 
 def mean_scores(scores: Sequence[Sequence[float]], regions: Sequence[str]) -> dict[str, float]:
-    """Mean over cases of each region's Dice, and the unweighted mean of the regions."""
+    """Mean over cases of each region's Dice, and the unweighted mean of the regions.
+
+    Example:
+        >>> mean_scores([[1.0, 0.5, 0.0], [0.5, 0.5, 0.5]], ("WT", "TC", "ET"))
+        {'WT': 0.75, 'TC': 0.5, 'ET': 0.25, 'mean': 0.5}
+    """
     columns = list(zip(*scores, strict=True))
     means = {r: sum(column) / len(column) for r, column in zip(regions, columns, strict=True)}
     return {**means, "mean": sum(means.values()) / len(means)}
 
 
 def _is_due(learner: Learner) -> bool:
-    """Whether the step that was done last wants a validation that it has not had."""
+    """Whether the last step is one that is validated, and has not been yet."""
     step, config = learner.step, learner.config
     due = step % config.validation.every_steps == 0 or step >= config.optim.steps
     return step > 0 and due and learner.validated_at != step
 
 
-def _has_ended(learner: Learner) -> bool:
-    patience = learner.config.validation.patience
-    return (
-        learner.step >= learner.config.optim.steps or 0 < patience <= learner.validations_since_best
-    )
-
-
 def _timed_step(
     learner: Learner, coming: Inputs, feed: Iterator[Inputs], paces: Sequence[Pace]
 ) -> Inputs | None:
-    """A step; meanwhile the next batch is made ready, and returned."""
+    """The next batch, made ready while a step is done; None after the last step."""
     began = time.perf_counter()
     gpu = learner.device.type == "cuda"
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if gpu else []
@@ -165,7 +204,7 @@ def _timed_step(
 
 
 def _figures(learner: Learner, pace: Pace) -> dict[str, float]:
-    """Loss of all ranks since the last time, the pace, and how the device does."""
+    """Loss of all ranks since the last figures, the pace, and memory and load of the device."""
     losses = torch.stack(pace.losses)
     loss = losses[torch.isfinite(losses)].mean()  # not those of steps that were skipped
     world = world_size()
@@ -182,12 +221,3 @@ def _figures(learner: Learner, pace: Pace) -> dict[str, float]:
         with suppress(Exception):  # a container may hide NVIDIA's library, or forbid the question
             figures["gpu/utilisation"] = torch.cuda.utilization(learner.device) / 100
     return figures
-
-
-def _count_validation(learner: Learner, scores: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Means of a validation; the learner remembers how long none was better."""
-    means = mean_scores(scores, REGIONS)
-    better = means["mean"] > learner.best
-    learner.validations_since_best = 0 if better else learner.validations_since_best + 1
-    learner.best, learner.validated_at = max(learner.best, means["mean"]), learner.step
-    return means

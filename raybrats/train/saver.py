@@ -19,11 +19,21 @@ from raybrats.train.learner import Learner, world_size
 
 _LOG = logging.getLogger(__name__)
 TRIES = 3
-"""Checkpoints in a row that may fail until the run stops: by then three intervals are at risk."""
+"""Checkpoints in a row that may fail before the run stops: three intervals are at risk then."""
 
 
 class Saver:
-    """Takes a copy of the learner and writes it while the training goes on."""
+    """A saver takes a copy of the learner and writes it while the training goes on.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> from raybrats.train.learner import new_learner
+        >>> saver = Saver("runs/saved")
+        >>> saver.save(new_learner(tiny(), torch.device("cpu")), metrics={"mean": 0.1})
+        >>> saver.close()
+        >>> saver.saved
+        0
+    """
 
     def __init__(
         self,
@@ -32,21 +42,28 @@ class Saver:
         resumed: Checkpoint | Written | None = None,
         first: Callable[[], None] = lambda: None,
     ) -> None:
-        """Of a run that goes on from `resumed`; `first` is called before each is written."""
+        """A saver for a run.
+
+        Args:
+            run_uri: below which the checkpoints lie.
+            mlflow_run_id: the MLflow run that each names.
+            resumed: the checkpoint from which the run goes on.
+            first: called before each checkpoint is written.
+        """
         self.rejected = 0
         """Checkpoints that did not read back as they were written."""
         self.saved = resumed.step if resumed else -1
-        """Step of the newest one that verified; a validation of it is added to what is there."""
+        """Step of the newest checkpoint that verified; its validation is added to its manifest."""
         self._run_uri, self._mlflow_run_id, self._before = run_uri, mlflow_run_id, first
         self._verified = [resumed.uri] if resumed else []
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._failed, self._step = 0, -1
         self._copy: Any = None
-        """Of the last one; its memory serves the next, for new memory costs twice the copy."""
+        """The last copy, whose memory serves the next: new memory costs twice the copying."""
 
     def save(self, learner: Learner, metrics: Mapping[str, float], finished: bool = False) -> None:
-        """Starts a checkpoint, once the one before is done; the last one is waited for.
+        """Starts a checkpoint once the one before is written; the last of a run is waited for.
 
         Raises:
             StorageError: several in a row could not be written, or the last one of the run.
@@ -75,13 +92,13 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises as `save` does."""
+        """Waits until nothing is being written; raises as `save` does."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for what is being written, and ends the thread that writes."""
         self.wait()
         self._pool.shutdown()
 
@@ -93,15 +110,15 @@ class Saver:
                     f"{self._run_uri} goes on from the checkpoint before with a lower optim.lr"
                 )
         self._before()
-        while not self._written(config, snapshot) and snapshot.finished:
+        while not self._attempt(config, snapshot) and snapshot.finished:
             continue
 
-    def _written(self, config: TrainConfig, snapshot: Snapshot) -> bool:
-        """Whether it verified; else older ones are as they were, and the next save tries anew."""
+    def _attempt(self, config: TrainConfig, snapshot: Snapshot) -> bool:
+        """Writes and verifies a checkpoint; False: it failed, and older ones are as they were."""
         uri = checkpoint.place(self._run_uri, snapshot.step)
-        only_validated = snapshot.step == self.saved  # the weights are there, and good
+        has_weights = snapshot.step == self.saved  # they are there, and good
         try:
-            if only_validated:
+            if has_weights:
                 checkpoint.add_validation(self._run_uri, snapshot)
             else:
                 checkpoint.write(self._run_uri, config, snapshot)
@@ -109,8 +126,8 @@ class Saver:
         except (StorageError, CheckpointError) as error:
             _LOG.warning("checkpoint of step %d: %s", snapshot.step, error)
             self._failed, self._step = self._failed + 1, -1
-            with suppress(StorageError):  # of what is left of it; it has no manifest that holds
-                self._clear(uri, error, only_validated)
+            with suppress(StorageError):  # what is left of it has no manifest that holds
+                self._discard(uri, error, has_weights)
             if self._failed >= TRIES:
                 raise
             return False
@@ -122,11 +139,11 @@ class Saver:
             _LOG.warning("older checkpoints stay: %s", error)
         return True
 
-    def _clear(self, uri: str, error: Exception, only_validated: bool) -> None:
+    def _discard(self, uri: str, error: Exception, has_weights: bool) -> None:
         if isinstance(error, CheckpointError):
             self.rejected, self.saved = self.rejected + 1, -1
             checkpoint.quarantine(uri)
-        elif not only_validated and not storage.is_remote(uri):  # room on a disk that may be full
+        elif not has_weights and not storage.is_remote(uri):  # room on a disk that may be full
             storage.delete(uri)
 
 
@@ -134,6 +151,13 @@ def copied(state: Any, kept: Any) -> Any:  # noqa: ANN401 - a tree of what an op
     """The same tree with copies of its tensors on the CPU, in the memory of `kept` where it fits.
 
     Copies from a GPU are under way when this returns.
+
+    Example:
+        >>> kept = {"bias": torch.zeros(2)}
+        >>> copied({"bias": torch.ones(2), "rate": 0.1}, kept)
+        {'bias': tensor([1., 1.]), 'rate': 0.1}
+        >>> kept
+        {'bias': tensor([1., 1.])}
     """
     if isinstance(state, Tensor):
         if not (isinstance(kept, Tensor) and kept.shape == state.shape):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,13 +22,20 @@ class Inputs(NamedTuple):
     image: Tensor
     labels: Tensor
     wait_s: float = 0.0
-    """For which the batch was waited for."""
+    """Seconds for which the batch was waited for."""
     ready: torch.cuda.Event | None = None
-    """When it is there, if it is made beside the training step."""
+    """Event after which it is there, if it is made beside the training step."""
 
 
 def inputs(learner: Learner, batches: Iterable[Batch]) -> Iterator[Inputs]:
-    """Batches as network input; on a GPU copied and augmented beside the step that runs."""
+    """Batches as network input; on a GPU copied and augmented beside the step that runs.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> from raybrats.train.learner import new_learner
+        >>> list(inputs(new_learner(tiny(), torch.device("cpu")), batches=[]))
+        []
+    """
     side = torch.cuda.Stream(learner.device) if learner.device.type == "cuda" else None
     source = iter(batches)
     while True:
@@ -44,26 +51,58 @@ def inputs(learner: Learner, batches: Iterable[Batch]) -> Iterator[Inputs]:
 
 
 def augmented(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Network input, float32 (batch, modality, i, j, k), and labels (batch, i, j, k)."""
+    """Network input, float32 (batch, modality, i, j, k), and labels (batch, i, j, k).
+
+    Example:
+        >>> from raybrats.data.prepare import Scaling
+        >>> from raybrats.recipes import tiny
+        >>> from raybrats.train.learner import new_learner
+        >>> learner = new_learner(tiny(), torch.device("cpu"))
+        >>> image, labels = torch.ones(1, 4, 32, 32, 32).short(), torch.zeros(1, 32, 32, 32).byte()
+        >>> batch = Batch(image, labels, Scaling(*torch.zeros(5, 1, 4)), torch.tensor([0]))
+        >>> [tuple(tensor.shape) for tensor in augmented(learner, batch)]
+        [(1, 4, 32, 32, 32), (1, 32, 32, 32)]
+    """
     draws, config = batch.draw, learner.config
     batch = batch.to(learner.device)
-    image, brain = normalise(batch)
+    image, brain = normalise(batch.image, batch.scaling)
     image, labels = augment(config.augment, config.run.seed, draws, (image, batch.labels, brain))
     return learner.in_memory_format(image), labels
 
 
 def train_step(learner: Learner, batch: Batch) -> Tensor:
-    """One optimiser step on this rank's batch; returns the loss, still on the device."""
+    """The loss of one optimiser step on this rank's batch, still on the device.
+
+    Example:
+        >>> from raybrats.data.prepare import Scaling
+        >>> from raybrats.recipes import tiny
+        >>> from raybrats.train.learner import new_learner
+        >>> learner = new_learner(tiny(), torch.device("cpu"))
+        >>> image, labels = torch.ones(4, 4, 32, 32, 32).short(), torch.zeros(4, 32, 32, 32).byte()
+        >>> batch = Batch(image, labels, Scaling(*torch.zeros(5, 4, 4)), torch.arange(4))
+        >>> loss = train_step(learner, batch)
+        >>> learner.step, bool(loss > 0)
+        (1, True)
+    """
     loss = backward(learner, Inputs(*augmented(learner, batch)))
     update(learner)
     return loss
 
 
 def backward(learner: Learner, coming: Inputs) -> Tensor:
-    """Gradients of this rank's share of the global batch, in micro-batches.
+    """The loss of this rank's part of the global batch, with its gradients, in micro-batches.
 
-    Shares of ranks may differ in size: each counts by its patches, so the mean that DDP takes of
+    Parts of ranks may differ in size: each counts by its patches, so the mean that DDP takes of
     the gradients is that over the global batch.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> from raybrats.train.learner import new_learner
+        >>> learner = new_learner(tiny(), torch.device("cpu"))
+        >>> image, labels = torch.rand(4, 4, 32, 32, 32), torch.ones(4, 32, 32, 32)
+        >>> loss = backward(learner, Inputs(image, labels))
+        >>> all(weight.grad is not None for weight in learner.bare.parameters())
+        True
     """
     _take_over(coming)
     learner.network.train()
@@ -87,10 +126,20 @@ def backward(learner: Learner, coming: Inputs) -> Tensor:
 
 
 def update(learner: Learner) -> None:
-    """The optimiser's step; skipped, and counted, where the gradient is not finite.
+    """Takes the optimiser's step; where the gradient is not finite, it is skipped and counted.
 
     Raises:
         DivergedError: that happened `optim.max_skipped` times in a row.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> from raybrats.train.learner import new_learner
+        >>> learner = new_learner(tiny(), torch.device("cpu"))
+        >>> for weight in learner.bare.parameters():
+        ...     weight.grad = torch.full_like(weight, torch.nan)
+        >>> update(learner)
+        >>> learner.step, learner.skipped
+        (1, 1)
     """
     config = learner.config.optim
     learner.scaler.unscale_(learner.optimizer)
@@ -121,8 +170,8 @@ def _take_over(coming: Inputs) -> None:
             tensor.record_stream(stream)
 
 
-def _exchange(network: nn.Module, last: bool) -> nullcontext:
-    """Lets DDP exchange gradients in the last micro-batch only."""
+def _exchange(network: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """The context in which DDP exchanges gradients in the last micro-batch only."""
     ddp = isinstance(network, DistributedDataParallel)
     return network.no_sync() if ddp and not last else nullcontext()
 

@@ -36,7 +36,7 @@ def test_a_warmup_as_long_as_the_run_is_refused():
         OptimConfig(steps=10, warmup_steps=10)
 
 
-def test_averages_follow_the_weights_and_are_what_is_judged():
+def test_averages_follow_the_weights_and_are_what_is_validated():
     config = override(CONFIG, "optim.ema_decay", 0.75)
     learner, given_batches = new_learner(config, CPU), batches(config, CASES, (0, 1, 0))
     expected = None
@@ -45,11 +45,11 @@ def test_averages_follow_the_weights_and_are_what_is_judged():
         now = {name: tensor.clone() for name, tensor in weights_of(learner.bare).items()}
         expected = expected or now
         expected = {n: 0.75 * expected[n] + 0.25 * now[n] for n in now}
-    judged = learner.weights()
-    assert judged.keys() == expected.keys()
-    for name, tensor in judged.items():
+    validated = learner.weights()
+    assert validated.keys() == expected.keys()
+    for name, tensor in validated.items():
         torch.testing.assert_close(tensor, expected[name])
-    assert any(not torch.equal(judged[n], t) for n, t in weights_of(learner.bare).items())
+    assert any(not torch.equal(validated[n], t) for n, t in weights_of(learner.bare).items())
     plain, _ = steps(CONFIG, 4)
     assert all(torch.equal(t, weights_of(learner.bare)[n]) for n, t in plain.weights().items())
 
@@ -92,7 +92,7 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch):
 def test_early_stopping_counts_validations_without_a_better_one():
     learner = new_learner(CONFIG, CPU)
     for mean, stale in ((0.3, 0), (0.2, 1), (0.3, 2), (0.31, 0), (0.1, 1)):
-        loop._count_validation(learner, [[mean, mean, mean]])
+        learner.add_validation(mean)
         assert learner.validations_since_best == stale
     again = new_learner(CONFIG, CPU)
     again.restore(learner.weights(), learner.state(), learner.progress())

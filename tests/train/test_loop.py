@@ -17,8 +17,8 @@ from raybrats.config import (
     TrainConfig,
     override,
 )
-from raybrats.data.batch import Batch
-from raybrats.data.patch import PatchRule, cut, draw_patch, volume_size
+from raybrats.data.batch import collate
+from raybrats.data.patch import PatchRule, cut, draw_patch, to_row, volume_size
 from raybrats.data.prepare import prepare
 from raybrats.model.network import weights_of
 from raybrats.phantom.phantom import make_phantom
@@ -50,11 +50,7 @@ def batches(cases):
     def batch(step):
         draws = [2 * step, 2 * step + 1]
         patches = [cut(case, (step, 2, 1), PATCH) for case in cases]
-        image, labels = (np.stack(arrays) for arrays in zip(*patches, strict=True))
-        names = ("gain", "bias", "low", "high", "background")
-        columns = {name: np.stack([getattr(case, name) for case in cases]) for name in names}
-        columns |= {"image": image, "labels": labels, "draw": np.array(draws)}
-        return Batch(**{name: torch.from_numpy(column) for name, column in columns.items()})
+        return collate([to_row(*each) for each in zip(cases, patches, draws, strict=True)])
 
     return [batch(step) for step in range(8)]
 
@@ -112,6 +108,22 @@ def test_a_resumed_learner_ends_bit_equal_to_an_uninterrupted_one(
     again = [train_step(second, batch) for batch in batches[stop:]]
     assert torch.equal(torch.stack(again), torch.stack(losses[stop:]))
     assert_equal(second, whole)
+
+
+def test_a_checkpoint_of_the_first_version_is_resumed_by_its_names(batches, tmp_path):
+    """Stored progress keeps the names that it first had: what is validated was `judged_at`."""
+    first = new_learner(CONFIG, CPU)
+    for batch in batches[:3]:
+        train_step(first, batch)
+    progress = {"step": 3, "best": 0.25, "stale": 2, "skipped": 1, "judged_at": 2}
+    checkpoint.write(str(tmp_path), CONFIG, Snapshot(3, first.weights(), first.state(), progress))
+    found = checkpoint.newest(str(tmp_path))
+    second = new_learner(CONFIG, CPU)
+    second.restore(found.weights, found.state, found.progress)
+    assert_equal(second, first)
+    assert (second.step, second.best, second.skipped) == (3, 0.25, 1)
+    assert (second.validations_since_best, second.validated_at) == (2, 2)
+    assert second.progress() == progress
 
 
 def test_random_numbers_go_on_where_they_were():
@@ -186,12 +198,8 @@ def test_slices_and_whole_volumes_are_learned_and_scored(cases, sampling):
     boxes = [[edge for span in case.box for edge in (span.start, span.stop)] for case in cases]
     cut_size = size if sampling == "slices" else volume_size(boxes, config.network.stride)
     rule = PatchRule(data, cut_size, seed=0)
-    rows = [draw_patch(case, rule, draw=n, case=n, turn=0) for n, case in enumerate(cases)]
-    names = ("gain", "bias", "low", "high", "background")
-    columns = {name: np.stack([getattr(case, name) for case in cases]) for name in names}
-    columns |= {"image": np.stack([image for image, _ in rows]), "draw": np.arange(2)}
-    columns |= {"labels": np.stack([labels for _, labels in rows])}
-    batch = Batch(**{name: torch.from_numpy(column) for name, column in columns.items()})
+    patches = [draw_patch(case, rule, draw=n, case=n, ordinal=0) for n, case in enumerate(cases)]
+    batch = collate([to_row(case, patches[n], n) for n, case in enumerate(cases)])
     losses = [float(train_step(learner, batch)) for _ in range(8)]
     assert losses[-1] < losses[0]
     assert np.array(loop.validate(learner, iter(cases))).shape == (2, len(REGIONS))
