@@ -138,9 +138,9 @@ def config_of(verb: str, args: Sequence[str]) -> TrainConfig:
     """
     prog, (uri, args) = f"raybrats {verb}", _config_option(args)
     if uri:
-        config = read_config(uri)
         if args and not args[0].startswith("-"):
             raise UsageError(f"{prog}: the recipe {args[0]!r} or --config, not both")
+        config = read_config(uri)
         return _parsed(lambda: tyro.cli(TrainConfig, default=config, prog=prog, args=args))
     if not args or (args[0].startswith("-") and args[0] not in _HELP):
         names = ", ".join(RECIPES)

@@ -6,14 +6,13 @@ Tables and progress on a terminal; with --json one JSON document on stdout and n
 Each verb parses its words before it imports what it calls, so that help and typos cost nothing.
 """
 
-import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from difflib import get_close_matches
-from typing import Any, TextIO
 
+import raybrats as rb
+from raybrats import terminal
 from raybrats.arguments import (
     Demo,
     Evaluate,
@@ -22,28 +21,25 @@ from raybrats.arguments import (
     Phantom,
     Predict,
     Report,
+    Segment,
     Tune,
     config_of,
     parse,
     parse_known,
 )
+from raybrats.brats import MODALITIES
 from raybrats.errors import DataError, RaybratsError, UsageError
+from raybrats.terminal import Answer
 
 REGION_COLUMNS = ("WT", "TC", "ET", "mean")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a verb found: the JSON document, and the same as a table."""
-
-    document: Mapping[str, Any]
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[object]]
-
-
 def demo(args: Sequence[str]) -> Answer:
-    """Run the whole line on phantoms: index, train, register, predict, evaluate, report."""
+    """Run the whole line on phantoms: index, train, register, predict, evaluate, report.
+
+    Example:
+        >>> demo(["--out", "demo"]).document["report"]  # doctest: +SKIP
+    """
     o = parse(Demo, "demo", args)
     from raybrats.demo import run_demo
 
@@ -60,7 +56,12 @@ def demo(args: Sequence[str]) -> Answer:
 
 
 def phantom(args: Sequence[str]) -> Answer:
-    """Write a synthetic cohort in the tree, names and label values of an edition."""
+    """Write a synthetic cohort in the tree, names and label values of an edition.
+
+    Example:
+        >>> phantom(["tree", "--cases", "1", "--shape", "16", "16", "16"]).title
+        '1 cases in tree'
+    """
     o = parse(Phantom, "phantom", args)
     from raybrats.phantom.phantom import write_phantoms
 
@@ -69,26 +70,27 @@ def phantom(args: Sequence[str]) -> Answer:
 
 
 def index(args: Sequence[str]) -> Answer:
-    """Find, open and verify every case of a tree, and write the cohort file."""
-    o = parse(Index, "index", args)
-    from raybrats import cluster, storage
-    from raybrats.data.cohort import index
-    from raybrats.data.cohort import index as indexing
+    """Find, open and verify every case of a tree, and write the cohort file.
 
-    cluster.connect()
-    out = storage.absolute(o.out)
-    document = index.summary(indexing.index(o.uri, out)) | {"cohort_uri": out}
-    title = f"{document['ok']} of {document['cases']} cases ok, {document['editions']}: {out}"
+    Example:
+        >>> index(["s3://bucket/BraTS2020"]).document["ok"]  # doctest: +SKIP
+        369
+    """
+    o = parse(Index, "index", args)
+    document = rb.index(o.uri, o.out).summary
+    counts = f"{document['ok']} of {document['cases']} cases ok"
+    title = f"{counts}, {document['editions']}: {document['cohort_uri']}"
     rows = [(bad["case_id"], bad["reason"]) for bad in document["quarantined"]]
     return Answer(document, title, ("quarantined", "reason"), rows)
 
 
 def train(args: Sequence[str]) -> Answer:
-    """Train one network from a recipe and register it."""
-    config = config_of("train", args)
-    from raybrats.runs.run import train as run
+    """Train one network from a recipe, or a run's config.json, and register it.
 
-    result = run(config)
+    Example:
+        >>> train(["tiny", "--data.cohort", "cohort.parquet"]).rows  # doctest: +SKIP
+    """
+    result = rb.train(config_of("train", args))
     model = result.model
     title = f"{result.run_uri}, {result.steps} steps"
     if model is not None:
@@ -98,56 +100,97 @@ def train(args: Sequence[str]) -> Answer:
 
 
 def tune(args: Sequence[str]) -> Answer:
-    """Search over fields of a recipe, with early stopping, and register the best."""
-    options, rest = parse_known(Tune, "tune", args)
-    config = config_of("tune", rest)
-    from raybrats.runs.sweep import search
+    """Search over fields of a run, with early stopping, and register the best.
 
-    sweep = search(config, options.space, options.trials)
-    document = asdict(sweep)
+    Example:
+        >>> words = ["--space", "loss.dice_weight=uniform(0.2,0.8)", "--trials", "4"]
+        >>> tune(["tiny", "--data.cohort", "cohort.parquet", *words]).title  # doctest: +SKIP
+        'best mean Dice 0.812'
+    """
+    options, rest = parse_known(Tune, "tune", args)
+    sweep = rb.tune(config_of("tune", rest), options.space, options.trials)
     rows = [
         (t.status, _figure(t.score), *(f"{k}={v}" for k, v in t.overrides.items()))
         for t in sweep.trials
     ]
     columns = ("trial", "mean Dice", *sweep.best.overrides)
-    return Answer(document, f"best mean Dice {_figure(sweep.best.score)}", columns, rows)
+    return Answer(asdict(sweep), f"best mean Dice {_figure(sweep.best.score)}", columns, rows)
+
+
+def segment(args: Sequence[str]) -> Answer:
+    """Segment one patient, whose files may have any names.
+
+    Example:
+        >>> files = ["--flair", "a.nii", "--t1", "b.nii", "--t1ce", "c.nii", "--t2", "d.nii"]
+        >>> segment(["models:/raybrats@champion", *files]).document["out"]  # doctest: +SKIP
+    """
+    o = parse(Segment, "segment", args)
+    files: dict[str, str] = {m: path for m in MODALITIES if (path := getattr(o, m))}
+    if not files:
+        options = ", ".join(f"--{modality}" for modality in MODALITIES)
+        raise UsageError(f"no files; give those that the model takes, of {options}")
+    from raybrats import storage
+    from raybrats.predict.target import check_target
+
+    out = check_target(o.out)
+    if out in map(storage.absolute, files.values()):
+        raise UsageError(f"--out {o.out}: is one of the patient's files; choose another name")
+    model = rb.load(o.model, o.tracking_uri)
+    found = model.segment(files, resample=o.resample)
+    found.save(out)
+    volumes = found.volumes_mm3
+    document = {"out": out, "model": found.model, "volumes_mm3": volumes, "remarks": found.remarks}
+    rows = [(region, f"{volume:.0f}") for region, volume in volumes.items()]
+    return Answer(document, f"{out} by {found.model}", ("region", "volume in mm3"), rows)
 
 
 def predict(args: Sequence[str]) -> Answer:
-    """Segment every case of a cohort with a registered model."""
-    o = parse(Predict, "predict", args)
-    from raybrats.predict.predict import predict as run
+    """Segment every case of a cohort with a registered model.
 
-    outcome = run(o.model, o.cohort, o.out, fold=o.fold, tracking_uri=o.tracking_uri)
-    title = f"{outcome.model}: {outcome.written} written, {outcome.skipped} skipped, in {o.out}"
-    rows = [(failed["case_id"], failed["reason"]) for failed in outcome.failed]
-    return Answer(asdict(outcome), title, ("failed", "reason"), rows)
+    Example:
+        >>> predict(["models:/raybrats@champion", "cohort.parquet"]).title  # doctest: +SKIP
+        'models:/raybrats/3: 74 written, 0 skipped, in predictions'
+    """
+    o = parse(Predict, "predict", args)
+    found = rb.predict(o.model, o.cohort, o.out, fold=o.fold, tracking_uri=o.tracking_uri)
+    title = f"{found.model}: {found.written} written, {found.skipped} skipped, in {o.out}"
+    rows = [(failure["case_id"], failure["reason"]) for failure in found.failed]
+    return Answer(asdict(found), title, ("failed", "reason"), rows)
 
 
 def evaluate(args: Sequence[str]) -> Answer:
-    """Score predictions against references, case by case and region by region."""
-    o = parse(Evaluate, "evaluate", args)
-    from raybrats.predict.evaluate import SCORES
-    from raybrats.predict.evaluate import evaluate as run
+    """Score predictions against references, case by case and region by region.
 
-    found = run(o.predictions, o.references, o.edition)
+    Example:
+        >>> evaluate(["predictions", "cohort.parquet"]).title  # doctest: +SKIP
+        '74 cases, 0 references without prediction'
+    """
+    o = parse(Evaluate, "evaluate", args)
+    found = rb.evaluate(o.predictions, o.references, o.edition)
     document = {"cases": found.rows, "mean": found.mean, "missing": found.missing}
     rows = [[name, *(_figure(v) for v in found.mean[name].values())] for name in REGION_COLUMNS]
     title = f"{len(found.rows) // 3} cases, {len(found.missing)} references without prediction"
-    return Answer(document, title, ("region", *SCORES), rows)
+    return Answer(document, title, ("region", *found.mean["mean"]), rows)
 
 
 def report(args: Sequence[str]) -> Answer:
-    """Write one HTML page: curves of a run, scores and overlays of its predictions."""
-    o = parse(Report, "report", args)
-    from raybrats.predict.report import write_report
+    """Write one HTML page: curves of a run, scores and overlays of its predictions.
 
-    uri = write_report(o.predictions, o.cohort, o.out, run=o.run, tracking_uri=o.tracking_uri)
+    Example:
+        >>> report(["predictions", "cohort.parquet"]).title  # doctest: +SKIP
+    """
+    o = parse(Report, "report", args)
+    uri = rb.report(o.predictions, o.cohort, o.out, run=o.run, tracking_uri=o.tracking_uri)
     return Answer({"report_uri": uri}, uri, (), [])
 
 
 def models(args: Sequence[str]) -> Answer:
-    """List the versions of a registered model with their aliases and scores."""
+    """List the versions of a registered model with their aliases and scores.
+
+    Example:
+        >>> models(["raybrats"]).columns[:3]  # doctest: +SKIP
+        ('version', 'aliases', 'dice_WT')
+    """
     o = parse(Models, "models", args)
     from raybrats.registry import load, tracking
 
@@ -160,34 +203,38 @@ def models(args: Sequence[str]) -> Answer:
 
 VERBS: Mapping[str, Callable[[Sequence[str]], Answer]] = {
     verb.__name__: verb
-    for verb in (demo, phantom, index, train, tune, predict, evaluate, report, models)
+    for verb in (demo, phantom, index, train, tune, segment, predict, evaluate, report, models)
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; the exit code."""
+    """Runs one verb, shows its answer, and returns the exit code.
+
+    Example:
+        >>> main(["trian", "tiny"])  # doctest: +SKIP
+        2
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     flags = {flag for flag in ("--json", "--debug") if flag in args}
     args = [arg for arg in args if arg not in flags]
     asks = not {"-h", "--help"}.isdisjoint(args)
     if not args or args[0] in ("-h", "--help"):
-        _print(_overview())
+        sys.stdout.write(_overview())
         return 0 if args else 2
-    stdout = sys.stdout if asks else _only_for_the_answer()
+    stdout = sys.stdout if asks else terminal.reserved_stdout()
     try:
-        answer = _verb(args[0])(args[1:])
-        _show(answer, stdout, as_json="--json" in flags)
+        with terminal.messages_shown():
+            answer = _verb(args[0])(args[1:])
+        terminal.show(answer, stdout, as_json="--json" in flags)
         return DataError.exit_code if answer.document.get("failed") else 0
     except RaybratsError as error:
         if "--debug" in flags:
             raise
-        _print(f"raybrats: {' '.join(str(error).split())}", sys.stderr)
+        sys.stderr.write(f"raybrats: {' '.join(str(error).split())}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        _print(
-            "raybrats: interrupted; a run goes on by its --run.name, predictions by the same --out",
-            sys.stderr,
-        )
+        words = "a run goes on by its --run.name, predictions by the same --out"
+        sys.stderr.write(f"raybrats: interrupted; {words}\n")
         return 130
 
 
@@ -199,31 +246,6 @@ def _verb(name: str) -> Callable[[Sequence[str]], Answer]:
     return VERBS[name]
 
 
-def _only_for_the_answer() -> TextIO:
-    """The real stdout; whatever else writes to it from now on, in any library, reaches stderr."""
-    sys.stdout.flush()
-    own = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return own
-
-
-def _show(answer: Answer, stdout: TextIO, *, as_json: bool) -> None:
-    if as_json:
-        stdout.write(json.dumps(answer.document, indent=1) + "\n")
-    else:
-        from rich.console import Console
-        from rich.table import Column, Table
-
-        console = Console(file=stdout, width=None if stdout.isatty() else 160)
-        console.print(answer.title, highlight=False, soft_wrap=True)
-        if answer.rows:
-            table = Table(*(Column(name, overflow="fold") for name in answer.columns))
-            for row in answer.rows:
-                table.add_row(*(str(cell) for cell in row))
-            console.print(table)
-    stdout.flush()
-
-
 def _overview() -> str:
     verbs = [f"  {name:10}{(v.__doc__ or '').splitlines()[0]}" for name, v in VERBS.items()]
     return "\n".join(
@@ -233,14 +255,10 @@ def _overview() -> str:
             "\nEach verb has --help, --json (one document on stdout) and --debug (tracebacks).",
             "Exit codes: 0 ok, 2 usage, 3 no usable checkpoint, 4 trained but not registered,",
             "5 bad data, 6 storage or tracking out of reach, 7 not enough resources,",
-            "8 training diverged, 130 interrupted; 1 anything else.",
+            "8 training diverged, 130 interrupted; 1 anything else.\n",
         ]
     )
 
 
 def _figure(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _print(text: str, file: Any = None) -> None:  # noqa: ANN401
-    print(text, file=file or sys.stdout)

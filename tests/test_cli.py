@@ -5,17 +5,28 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+import torch
+from niftis import LPS, nifti
 from services import free_ports
 
 from raybrats import storage
-from raybrats.arguments import config_of
+from raybrats.arguments import config_of, read_config
+from raybrats.brats import MODALITIES
 from raybrats.cli import VERBS
+from raybrats.config import NetworkConfig, TrainConfig, override_all, to_json
 from raybrats.data.cohort.index import index
-from raybrats.phantom.phantom import write_phantoms
-from raybrats.recipes import RECIPES
+from raybrats.errors import MissingObjectError, UsageError
+from raybrats.model.network import build, weights_of
+from raybrats.phantom.phantom import make_phantom, write_phantoms
+from raybrats.recipes import RECIPES, tiny
+from raybrats.train import checkpoint
+from raybrats.train.checkpoint import Snapshot
 
 SHAPE = (24, 24, 20)
 RAYBRATS = Path(sys.executable).with_name("raybrats")
@@ -61,6 +72,14 @@ def refused(outcome, code, *said):
         ("train tiny --data.patch-size 30 32 32", ["data.patch_size", "multiples of 8", "30"]),
         ("train tiny --cluster.workers 3", ["optim.global_batch", "cluster.workers (3)"]),
         ("tune tiny --trials few", ["--trials", "'few'"]),
+        ("train --config", ["--config: expected a file"]),
+        ("train tiny --config {tmp}/x.json", ["'tiny' or --config, not both"]),
+        ("tune --config {tmp}/x.json tiny", ["'tiny' or --config, not both"]),
+        ("segment", ["models:/NAME@ALIAS"]),
+        ("segment models:/raybrats@champion", ["--flair, --t1, --t1ce, --t2"]),
+        ("segment m --flair a.nii --out labels.png", ["labels.png", ".nii or .nii.gz"]),
+        ("segment m --flair a.nii --out a.nii", ["a.nii", "one of the patient's files"]),
+        ("segment m --fliar a.nii", ["--fliar", "--flair"]),
         ("index", ["uri"]),
         ("index a --otu b", ["--otu", "--out"]),
         ("predict models:/raybrats@champion", ["ohort"]),
@@ -109,6 +128,52 @@ def test_fields_of_a_recipe_change_alone(name):
     assert changed.loss.dice_weight == 0.7
     assert changed.data.patch_size == (64, 64, 64)
     assert (changed.network, changed.optim) == (plain.network, plain.optim)
+
+
+CHANGED = {"optim.steps": 40, "run.name": "one", "data.modalities": ["t1ce", "flair"]}
+
+
+def stored(where, folder):
+    """The configuration of a run where it is kept: a checkpoint, MLflow, or the run's record."""
+    config = override_all(tiny(), CHANGED)
+    if where == "checkpoint":
+        return f"{checkpoint.write(str(folder / 'run'), config, Snapshot(10, {}, {}))}/config.json"
+    record = {
+        "mlflow_run_id": "abc",
+        "digest": "",
+        "cohort": "",
+        "config": json.loads(to_json(config)),
+    }
+    text = json.dumps(record) if where == "run.json" else to_json(config)
+    uri = f"s3://{folder}/config.json" if isinstance(folder, str) else str(folder / "any.json")
+    storage.write_bytes(uri, text.encode())
+    return uri
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "MLflow", "run.json"])
+def test_a_stored_run_is_taken_with_changes_on_top(where, tmp_path):
+    uri = stored(where, tmp_path)
+    expected = override_all(tiny(), CHANGED)
+    assert config_of("train", ["--config", uri]) == expected
+    words = ["--optim.steps", "300", f"--config={uri}", "--data.patch_size", "64", "64", "64"]
+    again = config_of("tune", words)
+    changes = {"optim.steps": 300, "data.patch_size": (64, 64, 64)}
+    assert again == override_all(expected, changes)
+
+
+@pytest.mark.s3
+def test_a_stored_run_may_lie_in_a_bucket(bucket):
+    assert read_config(stored("MLflow", bucket)) == override_all(tiny(), CHANGED)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"data": {"nope": 1}}', "\x00", "[" * 9999])
+def test_a_file_that_is_no_run_is_refused(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=r"config\.json: not the configuration of a run") as caught:
+        config_of("train", ["--config", str(tmp_path / "config.json")])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(MissingObjectError, match=r"other\.json"):
+        config_of("train", ["--config", str(tmp_path / "other.json")])
 
 
 def test_phantom_json_is_the_only_thing_on_stdout(tmp_path):
@@ -188,10 +253,9 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
-def desk(places):
-    """A process that runs one command line after the other: importing Ray takes seconds."""
-    assert places
+@contextmanager
+def open_desk():
+    """A process that runs one command line after the other: imports take seconds."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", DESK], **pipes) as process:
 
@@ -202,6 +266,100 @@ def desk(places):
 
         yield run
         process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def desk(places):
+    assert places
+    with open_desk() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def desk_without_ray():
+    with open_desk() as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory):
+    """A run with one checkpoint, and a patient: four files under the names that a clinic gave."""
+    folder = tmp_path_factory.mktemp("clinic")
+    config = TrainConfig(network=NetworkConfig(widths=(4, 8, 8)), data=tiny().data)
+    torch.manual_seed(1)
+    snapshot = Snapshot(10, weights_of(build(config.network, 4)), {})
+    checkpoint.write(str(folder / "run"), config, snapshot)
+    image, _ = make_phantom(0, shape=SHAPE)
+    for modality, volume in zip(MODALITIES, image, strict=True):
+        (folder / f"{modality}.nii").write_bytes(nifti(volume, LPS))
+    (folder / "wide.nii").write_bytes(nifti(np.pad(image[3], 2), LPS))
+    (folder / "text.nii").write_text("not a volume")
+    return folder
+
+
+FILES = "--flair {0}/flair.nii --t1 {0}/t1.nii --t1ce {0}/t1ce.nii --t2 {0}/t2.nii"
+
+
+def test_a_patient_is_segmented_from_files_of_any_name(desk_without_ray, patient, tmp_path):
+    words = f"segment {patient}/run {FILES.format(patient)} --out {tmp_path}/labels.nii --json"
+    code, out, err = desk_without_ray(words)
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    labels = np.asarray(nib.load(tmp_path / "labels.nii").dataobj)
+    assert labels.shape == SHAPE
+    assert document == {
+        "out": f"{tmp_path}/labels.nii",
+        "model": f"{patient}/run/checkpoints/step-00000010",
+        "volumes_mm3": {
+            "WT": float((labels > 0).sum()),
+            "TC": float(np.isin(labels, (1, 3)).sum()),
+            "ET": float((labels == 3).sum()),
+        },
+        "remarks": [],
+    }
+    wide = words.replace("t2.nii", "wide.nii")
+    code, out, err = desk_without_ray(f"{wide} --resample")
+    assert (code, err) == (0, ""), "grids that differ are resampled where that is asked for"
+
+
+def test_what_is_unlike_brats_is_said_in_a_plain_line(desk_without_ray, patient, tmp_path):
+    for modality in MODALITIES:
+        volume = nib.load(patient / f"{modality}.nii")
+        thick = nifti(np.asarray(volume.dataobj), LPS @ np.diag([1, 1, 5, 1]))
+        (tmp_path / f"{modality}.nii").write_bytes(thick)
+    words = f"segment {patient}/run {FILES.format(tmp_path)} --out {tmp_path}/labels.nii.gz"
+    code, out, err = desk_without_ray(words)
+    assert code == 0
+    (line,) = err.splitlines()
+    assert line.startswith("flair: its voxels are 1 x 1 x 5 mm; models of raybrats are trained on")
+    assert "labels.nii.gz" in out
+    assert "ET" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("{run} --flair {dir}/flair.nii --t1 {dir}/t1.nii", 5, ["no t1ce, t2 file", "step-"]),
+        ("{run} {files} --t2 {dir}/wide.nii", 5, ["wide.nii", "shape", "--resample"]),
+        ("{run} {files} --t2 {dir}/text.nii", 5, ["text.nii: not a NIfTI file"]),
+        ("{run} {files} --t2 {dir}/none.nii", 6, ["none.nii: does not exist"]),
+        ("{run} {files} --t2 {dir}/t1.nii", 2, ["same file"]),
+        ("{run} {files} --out {dir}/t1.nii", 2, ["t1.nii", "one of the patient's files"]),
+        ("{dir}/nothing {files}", 6, ["nothing: does not exist", "models:/NAME@ALIAS"]),
+        ("{dir} {files}", 3, ["no checkpoint"]),
+        ("{run}/checkpoints/step-00000011 {files}", 6, ["step-00000011: does not exist"]),
+        ("models:/name {files}", 2, ["models:/NAME@ALIAS"]),
+        ("{run} {files} --out s3://no-such-bucket-here/x.nii.gz", 6, ["s3://no-such-bucket-here"]),
+    ],
+)
+@pytest.mark.usefixtures("s3")
+def test_a_patient_that_cannot_be_segmented_is_refused(
+    desk_without_ray, patient, tmp_path, words, code, said
+):
+    out = "" if "--out" in words else f" --out {tmp_path}/labels.nii.gz"
+    places = {"run": f"{patient}/run", "dir": patient, "files": FILES.format(patient)}
+    refused(desk_without_ray("segment " + words.format(**places) + out), code, *said)
+    assert not list(tmp_path.iterdir())
 
 
 LARGE = "--cluster.workers 64 --optim.global_batch 64"

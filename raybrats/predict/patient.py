@@ -141,7 +141,8 @@ def open_case_for(model: Model, case: Case, *, resample: bool = False) -> RawCas
         opened = open_case(case, model.modalities, labels=False)
     except GridError as error:
         if not resample:
-            raise GridError(f"{error}; register them, or resample them onto the first") from error
+            hint = "register its files, or put them on the first one's grid with --resample"
+            raise GridError(f"{error}; {hint}") from error
         return replace(_resampled(case, model.modalities), missing=missing)
     image = np.stack(opened.volumes).astype(np.float32)
     return RawCase(case.case_id, image, opened.grid, missing)

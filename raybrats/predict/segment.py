@@ -2,9 +2,7 @@
 
 import gzip
 import logging
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +13,7 @@ from raybrats.data.nifti.volume import encode_labels, from_canonical, to_canonic
 from raybrats.errors import MissingObjectError, UsageError
 from raybrats.predict import patient
 from raybrats.predict.patient import Files, PathLike
+from raybrats.predict.target import check_target
 from raybrats.registry import load as loading
 from raybrats.registry import tracking
 from raybrats.table import table
@@ -179,21 +178,3 @@ def load(uri: str, tracking_uri: str = "") -> Segmenter:
     if storage.name(uri.rpartition("/")[0]) == "checkpoints":
         return Segmenter(loading.load_checkpoint(uri))
     return Segmenter(loading.load_run(uri))
-
-
-def check_target(uri: PathLike) -> str:
-    """The URI, absolute, if a NIfTI file can be put there.
-
-    Raises:
-        UsageError: it is not .nii or .nii.gz, or there is something else than a file.
-
-    Example:
-        >>> check_target("s3://bucket/case7.nii.gz")
-        's3://bucket/case7.nii.gz'
-    """
-    out = storage.absolute(os.fspath(uri))
-    if not out.endswith((".nii", ".nii.gz")):
-        raise UsageError(f"{out}: expected a file name that ends in .nii or .nii.gz")
-    if not storage.is_remote(out) and Path(out).exists() and not Path(out).is_file():
-        raise UsageError(f"{out}: is no file; choose another name")
-    return out

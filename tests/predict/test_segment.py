@@ -35,7 +35,8 @@ from raybrats.model.inference import segment
 from raybrats.model.network import build, trained_network, weights_of
 from raybrats.phantom.phantom import make_phantom, write_phantoms
 from raybrats.predict.patient import MAX_BORDER_FRACTION, MAX_BRAIN_LITRES
-from raybrats.predict.segment import Segmenter, check_target, load
+from raybrats.predict.segment import Segmenter, load
+from raybrats.predict.target import check_target
 from raybrats.registry import load as loading
 from raybrats.registry import register as registering
 from raybrats.registry import tracking
