@@ -22,6 +22,14 @@ def run_demo(out: str) -> dict[str, Any]:
     """Phantoms, index, train, register, predict the held-out fold, evaluate, report.
 
     Everything lies below `out`; run again, it trains and registers once more.
+
+    Raises:
+        UsageError: `out` is not a local folder.
+        RaybratsError: a kind for each other cause.
+
+    Example:
+        >>> run_demo("demo")["evaluate"]["mean"]["WT"]["dice"]  # doctest: +SKIP
+        0.93
     """
     if storage.is_remote(out):
         raise UsageError(f"--out {out}: the demo writes to a local folder")
