@@ -34,11 +34,14 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     """Joins the cluster of RAY_ADDRESS or of this job, else starts one on this machine.
 
     Args:
-        verbose: pass the workers' own output on to this process.
         dashboard: start it with a local cluster; Ray Tune asks it for the state of ended trials.
+        verbose: pass the workers' own output on to this process.
 
     Raises:
         ResourcesError: the cluster of RAY_ADDRESS does not answer.
+
+    Example:
+        >>> connect()  # doctest: +SKIP
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -66,13 +69,19 @@ def check_fits(*, workers: int, cpus_per_worker: float, gpu: bool, data_cpus: fl
     """Refuses a request that the cluster can never grant.
 
     Args:
-        workers: of one run.
-        cpus_per_worker: that each reserves.
+        workers: those of one run.
+        cpus_per_worker: what each reserves.
         gpu: whether each also takes one GPU.
-        data_cpus: that one decoding task takes; `DATA_CPUS` are left at least.
+        data_cpus: what one decoding task takes; `DATA_CPUS` are left at least.
 
     Raises:
         ResourcesError: with the figures and the field to change.
+
+    Example:
+        >>> check_fits(workers=64, cpus_per_worker=8, gpu=True, data_cpus=0.5)  # doctest: +SKIP
+        Traceback (most recent call last):
+        ...
+        raybrats.errors.ResourcesError: 64 workers with one GPU each, but the cluster has 8 ...
     """
     have = resources()
     spare = max(DATA_CPUS, data_cpus)
@@ -91,7 +100,12 @@ def check_fits(*, workers: int, cpus_per_worker: float, gpu: bool, data_cpus: fl
 
 
 def resources() -> dict[str, float]:
-    """CPUs and GPUs of the whole cluster."""
+    """CPUs and GPUs of the whole cluster.
+
+    Example:
+        >>> resources()  # doctest: +SKIP
+        {'CPU': 16.0, 'GPU': 1.0}
+    """
     import ray
 
     total = ray.cluster_resources()
@@ -101,12 +115,22 @@ def resources() -> dict[str, float]:
 def each(
     function: Callable[[T], R], items: Sequence[T], *, num_cpus: float, memory: int
 ) -> Iterator[R]:
-    """The function of every item as cluster tasks, in the order in which they end.
+    """What a function makes of every item, as cluster tasks, in the order in which they end.
 
     No more are in flight than keep the cluster busy, so memory does not grow with the items.
 
+    Args:
+        function: is called in another process.
+        items: one a task.
+        num_cpus: CPUs that a task reserves.
+        memory: bytes that a task reserves.
+
     Raises:
         RaybratsError: the first that the function raises.
+
+    Example:
+        >>> sorted(each(abs, [-2, 1], num_cpus=1, memory=2**20))  # doctest: +SKIP
+        [1, 2]
     """
     import ray.exceptions
 

@@ -124,6 +124,7 @@ class Stream:
         limit = ExecutionResources(cpu=cpus, object_store_memory=limit_bytes)
         context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=limit)
         context.enable_progress_bars = False
+        context.raise_original_map_exception = True  # else its kind is lost, and only words arrive
         context.memory_usage_poll_interval_s = None  # else every task starts a thread to read smaps
         context.execution_no_progress_timeout_s = -1  # a long validation takes no rows: not a hang
         return rows

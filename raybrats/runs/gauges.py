@@ -7,7 +7,10 @@ from ray.util.metrics import Counter, Gauge
 _GAUGES = {
     "patches_per_s": ("raybrats_patches_per_s", "Patches a second, over all workers."),
     "step_s": ("raybrats_step_seconds", "Seconds a step."),
-    "data_wait_fraction": ("raybrats_data_wait_fraction", "Share of it that waits for the stream."),
+    "data_wait_fraction": (
+        "raybrats_data_wait_fraction",
+        "Fraction of them that waits for the stream.",
+    ),
     "train/loss": ("raybrats_loss", "Mean loss of the last steps."),
     "train/skipped": ("raybrats_skipped_steps", "Steps without a finite gradient, of the run."),
 }
@@ -21,8 +24,10 @@ class Gauges:
         self._tags = {"run": run}
         self._gauges = {name: Gauge(*words, tag_keys=_TAG) for name, words in _GAUGES.items()}
         self._cases = _counter("raybrats_cases", "Cases opened for draws.")
-        self._hits = _counter("raybrats_cache_hits", "Of them from a node's cache.")
-        self._rejected = _counter("raybrats_rejected_checkpoints", "That did not verify.")
+        self._hits = _counter("raybrats_cache_hits", "Cases that a node's cache held.")
+        self._rejected = _counter(
+            "raybrats_rejected_checkpoints", "Checkpoints that did not verify."
+        )
         self._seen = {"cases": 0.0, "hits": 0.0, "rejected": 0.0}
         self._count(self._rejected, "rejected", rejected)
         self._seen["rejected"] = 0.0
@@ -47,13 +52,23 @@ class Gauges:
 
 
 def left_out(run: str, bad_cases: int) -> None:
-    """Counts the bad cases that a run leaves out."""
+    """Counts the bad cases that a run leaves out.
+
+    Example:
+        >>> left_out("one", 2)  # doctest: +SKIP
+    """
     if bad_cases:
-        _counter("raybrats_bad_cases", "Left out of training.").inc(bad_cases, tags={"run": run})
+        _counter("raybrats_bad_cases", "Cases left out of training.").inc(
+            bad_cases, tags={"run": run}
+        )
 
 
 def restarted(run: str) -> None:
-    """Counts a restart of the workers of a run."""
+    """Counts a restart of the workers of a run.
+
+    Example:
+        >>> restarted("one")  # doctest: +SKIP
+    """
     _counter("raybrats_restarts", "Restarts of the workers.").inc(tags={"run": run})
 
 

@@ -27,7 +27,7 @@ CONTROLLER_FAILURES = 3
 _COLLATERAL = re.compile(
     r"gloo|nccl|DistBackendError|closed by peer|reset by peer|ActorDied|ActorUnavailable", re.I
 )
-"""What the other ranks die of when one has failed."""
+"""Words of what the other ranks die of when one has failed."""
 
 
 def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> Outcome:
@@ -66,7 +66,13 @@ def work(settings: Mapping[str, Any]) -> Outcome:
 
 
 def uses_gpu(config: TrainConfig) -> bool:
-    """Whether each worker takes a GPU."""
+    """Whether each worker takes a GPU.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> uses_gpu(tiny())
+        False
+    """
     if config.cluster.device == "auto":
         return cluster.resources()["GPU"] > 0
     return config.cluster.device == "gpu"
@@ -77,6 +83,9 @@ def check_fits(config: TrainConfig) -> None:
 
     Raises:
         ResourcesError: with the figures and the field to change.
+
+    Example:
+        >>> check_fits(config)  # doctest: +SKIP
     """
     cluster.check_fits(
         workers=config.cluster.min_workers or config.cluster.workers,
@@ -148,8 +157,8 @@ def _ended(job: Job) -> tuple[Outcome | None, int]:
 def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> _Trainer:
     config, wanted = job.config, job.config.cluster
     gpu, timeout_s = uses_gpu(config), wanted.collective_timeout_s
-    # Of Ray Train's own barriers, where ranks wait for the checkpoint of a validation, and of a
-    # worker that does not answer. Ray's defaults are for ever and 10 minutes.
+    # Patience of Ray Train's own barriers, where ranks wait for the checkpoint of a validation, and
+    # with a worker that does not answer. Ray's defaults are for ever and 10 minutes.
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(wanted.stall_s)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout_s)
     watching = (_Restarts(config.run.name, job.board), _Attached(job.board))

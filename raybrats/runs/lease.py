@@ -5,9 +5,9 @@ when its process is, where that can be seen, or when it was watched for long and
 """
 
 import json
+import logging
 import os
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -22,20 +22,21 @@ from pydantic import TypeAdapter
 from raybrats import storage
 from raybrats.errors import MissingObjectError, StorageError, UsageError
 
+_LOG = logging.getLogger(__name__)
 NAME = "lease.json"
 RENEW_S = 5.0
-"""Between renewals: two requests each, so a run of a day costs some 35,000 cheap ones."""
+"""Seconds between renewals: two requests each, so a run of a day costs some 35,000 cheap ones."""
 EXPIRY_S = 20.0
-"""Of watching until a lease that does not change is dead: three renewals may fail in a row."""
+"""Seconds until a lease that does not change is dead: three renewals may fail in a row."""
 _LAST_RENEWAL_S = 5.0
-"""Wait at the end for a renewal that is under way; then the lease is left to expire."""
+"""Seconds to wait at the end for a renewal under way; then the lease is left to expire."""
 _LOOKS = 20
-"""At the lease while it is watched; counted, so that an outage of the store is no sign of death."""
+"""Looks at a lease that is watched; counted, so that an outage of the store is no sign of death."""
 
 _OURS: set[str] = set()
 """Tokens of this process; another one with its pid is what an earlier run could not remove."""
 _TURNS = 10
-"""Of trying again because the holder has ended, or two took over at once; each is rare."""
+"""Tries, for the holder may have ended or two taken over at once; each is rare."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Lease:
     """In another one, as in another container, the same pid is another process."""
     pid: int
     started: int | None
-    """Of the process, in clock ticks after boot, for pids are used again."""
+    """Start of the process in clock ticks after boot, for pids are used again."""
     since: str
-    """By the holder's clock: to be read by people only."""
+    """When, by the holder's clock: to be read by people only."""
     renewals: int
 
     def __post_init__(self) -> None:
@@ -81,6 +82,11 @@ def held(run_uri: str, on_lost: Callable[[str], None]) -> Generator[None]:
     Raises:
         UsageError: another driver holds it and is alive.
         StorageError: the lease is out of reach.
+
+    Example:
+        >>> with held("runs/one", print):
+        ...     storage.exists("runs/one/lease.json")
+        True
     """
     uri = storage.join(run_uri, NAME)
     mine = _own()
@@ -125,9 +131,8 @@ def _dead(uri: str, seen: bytes, mine: Lease) -> bool:
     if lease and lease.started is not None and None not in mine.place and lease.place == mine.place:
         own = (lease.pid, lease.started) == (mine.pid, mine.started)
         return lease.token not in _OURS if own else not _lives(lease.pid, lease.started)
-    print(  # noqa: T201
-        f"waiting up to {EXPIRY_S:g} s for {_words(lease)}, who holds {_run(uri)}, to show life",
-        file=sys.stderr,
+    _LOG.warning(
+        "waiting up to %g s for %s, who holds %s, to show life", EXPIRY_S, _words(lease), _run(uri)
     )
     for _ in range(_LOOKS):
         time.sleep(EXPIRY_S / _LOOKS)
@@ -151,7 +156,7 @@ def _take_over(uri: str, seen: bytes, mine: Lease) -> bool:
     # Too slow: this may have overwritten one who had read and begun. It puts its lease back when it
     # renews, and whoever does not within EXPIRY_S is dead.
     _release(uri, mine)
-    print(f"waiting {EXPIRY_S:g} s, for {uri} was slow to write", file=sys.stderr)  # noqa: T201
+    _LOG.warning("waiting %g s, for %s was slow to write", EXPIRY_S, uri)
     time.sleep(EXPIRY_S)
     return False
 

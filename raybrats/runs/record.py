@@ -63,6 +63,11 @@ def earlier(config: TrainConfig, run_uri: str) -> Record | None:
 
     Raises:
         UsageError: `run.resume` forbids or misses it, or it had another configuration.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> earlier(tiny(), "runs/never") is None
+        True
     """
     known = read(run_uri)
     if known is None:
@@ -87,6 +92,12 @@ def check_cohort(known: Record | None, cases: Sequence[Case], run_uri: str) -> N
 
     Raises:
         UsageError: the cases, their bytes or their folds are not those of the earlier attempt.
+
+    Example:
+        >>> check_cohort(Record("", "", cohort="0", config={}), [], "runs/one")
+        Traceback (most recent call last):
+        ...
+        raybrats.errors.UsageError: runs/one was started on another cohort; choose another run.name
     """
     if known is not None and known.cohort != _cohort_digest(cases):
         raise UsageError(f"{run_uri} was started on another cohort; choose another run.name")
@@ -105,6 +116,10 @@ def open_tracking(
 
     Raises:
         TrackingError: the server is out of reach, and `tracking.required`.
+
+    Example:
+        >>> open_tracking(config, "runs/one", None, cases).run_id  # doctest: +SKIP
+        '78aba7e7bf49483c929b383279d8b227'
     """
     run = Run(tracking.tracking_uri(config), known.mlflow_run_id if known else "")
     try:
@@ -121,10 +136,14 @@ def open_tracking(
 
 
 def deliver(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) -> Run:
-    """Sends what has waited, once the training is over; the run, which has an id now.
+    """The run once the metrics that waited are sent, when the training is over; it has an id now.
 
     Raises:
         RegistrationError: the server is still away: trained, but neither told nor registered.
+
+    Example:
+        >>> deliver(config, "runs/one", run, cases).run_id  # doctest: +SKIP
+        '78aba7e7bf49483c929b383279d8b227'
     """
     try:
         if not run.run_id:
@@ -140,7 +159,12 @@ def deliver(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) 
 
 
 def metrics_uri(run_uri: str) -> str:
-    """Where metrics wait for a server that is away."""
+    """Where metrics wait for a server that is away.
+
+    Example:
+        >>> metrics_uri("s3://bucket/runs/one")
+        's3://bucket/runs/one/metrics.jsonl'
+    """
     return storage.join(run_uri, "metrics.jsonl")
 
 

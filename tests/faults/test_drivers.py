@@ -204,8 +204,9 @@ def test_a_run_that_hangs_is_ended_without_a_signal(base, ray_cluster, tmp_path,
     """Its workers have left their steps for good; the driver is a thread of this process."""
     story = Story(tmp_path / "story", (Fault("hang", rank=0, step=2),))
     monkeypatch.setattr(launch, "work", story.worker())
-    changes = {"run.name": "hanging", "cluster.stall_s": 8.0}
-    config, signalled = override_all(base, changes), []
+    # Longer than a loaded machine takes to start workers, who are silent until their first step.
+    patience = {"cluster.stall_s": 40.0, "cluster.collective_timeout_s": 300.0}
+    config, signalled = override_all(base, {"run.name": "hanging", **patience}), []
     before = [signal.signal(s, lambda number, _: signalled.append(number)) for s in SIGNALS]
     try:
         with ThreadPoolExecutor(1) as pool, pytest.raises(RaybratsError) as said:
@@ -214,7 +215,7 @@ def test_a_run_that_hangs_is_ended_without_a_signal(base, ray_cluster, tmp_path,
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
     assert len(story.fired()) == 1
-    assert "nothing moved for 8 s" in str(said.value)
+    assert "nothing moved for 40 s" in str(said.value)
     assert "--run.name hanging resumes it" in str(said.value)
     assert signalled == []
     run_uri = storage.join(base.run.storage_uri, "hanging")

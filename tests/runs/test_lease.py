@@ -125,7 +125,7 @@ def test_a_second_driver_of_this_process_is_refused(run_uri):
         pass
 
 
-def test_a_driver_refuses_others_until_it_is_killed(run_uri, capfd, monkeypatch):
+def test_a_driver_refuses_others_until_it_is_killed(run_uri, caplog, monkeypatch):
     monkeypatch.setattr(lease, "EXPIRY_S", 10.0)
     with driver(run_uri) as process:
         assert f"process {process.pid} on {socket.gethostname()} since 2" in refused(run_uri)
@@ -134,7 +134,7 @@ def test_a_driver_refuses_others_until_it_is_killed(run_uri, capfd, monkeypatch)
         with lease.held(run_uri, never):
             assert stored(run_uri).pid != process.pid
     assert not storage.exists(place_of(run_uri))
-    assert "waiting up to" not in capfd.readouterr().err
+    assert "waiting up to" not in caplog.text
 
 
 def test_a_driver_whose_pid_is_used_again_is_dead(on_disk):
@@ -144,15 +144,15 @@ def test_a_driver_whose_pid_is_used_again_is_dead(on_disk):
         assert stored(on_disk).started == mine.started
 
 
-def test_a_dead_driver_elsewhere_is_taken_over_once_watched(run_uri, capfd):
+def test_a_dead_driver_elsewhere_is_taken_over_once_watched(run_uri, caplog):
     left = leave(run_uri, host="far")
     start = time.monotonic()
     with lease.held(run_uri, never):
         assert time.monotonic() - start >= lease.EXPIRY_S
         assert stored(run_uri).token != left.token
-    assert capfd.readouterr().err.startswith(
+    assert caplog.messages[0].startswith(
         f"waiting up to 0.4 s for process {left.pid} on far since {left.since}, "
-        f"who holds {run_uri}, to show life\n"
+        f"who holds {run_uri}, to show life"
     )
 
 
@@ -167,34 +167,34 @@ def test_a_pid_says_nothing_elsewhere(on_disk, monkeypatch, elsewhere):
     assert asked
 
 
-def test_a_living_driver_elsewhere_refuses_others(on_disk, capfd, monkeypatch):
+def test_a_living_driver_elsewhere_refuses_others(on_disk, caplog, monkeypatch):
     monkeypatch.setattr(lease, "EXPIRY_S", 10.0)
     with driver(on_disk, host="far") as process:
         start = time.monotonic()
         assert f"process {process.pid} on far since" in refused(on_disk)
         assert time.monotonic() - start < 5
-        assert "waiting up to 10 s" in capfd.readouterr().err
+        assert "waiting up to 10 s" in caplog.text
         process.communicate("\n")
         assert process.returncode == 0
     assert not storage.exists(place_of(on_disk))
 
 
-def test_a_driver_that_ends_while_it_is_watched_leaves_the_run(on_disk, capfd):
+def test_a_driver_that_ends_while_it_is_watched_leaves_the_run(on_disk, caplog):
     leave(on_disk, host="far")
     ends = threading.Timer(0.1, lambda: storage.delete(place_of(on_disk)))
     ends.start()
     with lease.held(on_disk, never):
         assert stored(on_disk).host == socket.gethostname()
-    assert "waiting" in capfd.readouterr().err
+    assert "waiting" in caplog.text
     ends.join()
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff\x00{"], ids=["empty", "garbage"])
-def test_a_damaged_lease_is_of_one_who_does_not_renew(on_disk, capfd, damage):
+def test_a_damaged_lease_is_of_one_who_does_not_renew(on_disk, caplog, damage):
     storage.write_bytes(place_of(on_disk), damage)
     with lease.held(on_disk, never):
         assert stored(on_disk).host == socket.gethostname()
-    assert "for someone whose lease is damaged" in capfd.readouterr().err
+    assert "for someone whose lease is damaged" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_of_many_who_take_over_at_once_one_has_it(run_uri, monkeypatch):
         assert not storage.exists(place_of(run_uri))
 
 
-def test_one_who_writes_too_late_does_not_have_it_too(on_disk, monkeypatch, capfd):
+def test_one_who_writes_too_late_does_not_have_it_too(on_disk, monkeypatch, caplog):
     """It looks, is stopped, and writes over one who has taken the run over and begun."""
     monkeypatch.setattr(lease, "RENEW_S", 0.6)  # longer than WRITE_RACE_S, as in earnest
     monkeypatch.setattr(lease, "EXPIRY_S", 2.0)
@@ -289,7 +289,7 @@ def test_one_who_writes_too_late_does_not_have_it_too(on_disk, monkeypatch, capf
         begun.set()
         thread.join()
         assert outcome == (["alone"] if lost else ["refused"])
-    assert "was slow to write" in capfd.readouterr().err
+    assert "was slow to write" in caplog.text
 
 
 def test_a_driver_that_was_stopped_for_long_has_lost_the_run(on_disk):
