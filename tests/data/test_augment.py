@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raybrats.config import AugmentConfig, override
+from raybrats.config import AugmentConfig, TrainConfig, override
 from raybrats.data.augment.augment import Change, apply_changes, augment, draw_change
 from raybrats.data.augment.intensity import bias_field, gaussian
 from raybrats.data.augment.resample import Warp, sampling_grid
@@ -479,4 +479,4 @@ def test_a_patch_without_brain_stays_empty():
 )
 def test_a_value_that_makes_no_sense_is_named(field: str, value):
     with pytest.raises(UsageError, match=f"augment.{field} must be"):
-        override(AugmentConfig(), field, value)
+        override(TrainConfig(), f"augment.{field}", value)

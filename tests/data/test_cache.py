@@ -1,5 +1,6 @@
 """The node's cache: what it gives is the fresh case bit for bit, whatever happens to its disk."""
 
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -24,13 +25,16 @@ from raybrats.data import cache
 from raybrats.data.cache import Tally, prepared
 from raybrats.data.cohort.case import Case, prepare_case
 from raybrats.data.cohort.index import find_cases, verify_case
-from raybrats.data.prepare import Prepared
+from raybrats.data.entry import decode, encode
+from raybrats.data.prepare import Prepared, Scaling
 from raybrats.errors import ChangedObjectError, DataError
 from raybrats.phantom.phantom import write_phantoms
 
 pytestmark = pytest.mark.faults
 HIT, MISS = Tally(hits=1), Tally(misses=1)
 NOT_KEPT = Tally(misses=1, failed=1)
+WRITTEN_BY_VERSION_2 = "a021f97e7ab31861469bc9d96f87fff2951a25900420032aa6a3b3ccbfc7bf89"
+KEY_OF_VERSION_2 = "0119ec3b0f32c2148e5c7ae00fcf69a8509bdb9fbb972e288ef82c3f2cdede46"
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["raybrats.data.cache", "raybrats.data.scan"])
@@ -154,6 +158,33 @@ def test_a_hit_is_the_fresh_case_bit_for_bit(cases, config, labelled, normalisat
     assert_same(made, fresh)
     assert_same(found, fresh)
     assert elsewhere(look_up, case, config) == (True, HIT)
+
+
+def test_entries_of_version_2_are_found_and_read_as_they_were_written():
+    """Digests by the code that first wrote them: a change of either needs another VERSION."""
+    made = Prepared(
+        image=np.arange(2 * 4 * 3 * 2, dtype=np.int16).reshape(2, 4, 3, 2).transpose(0, 3, 2, 1),
+        labels=np.arange(4 * 3 * 2, dtype=np.uint8).reshape(4, 3, 2).T % 4,
+        scaling=Scaling(
+            gain=np.array([0.5, 0.25], np.float32),
+            bias=np.array([-1.5, 2.0], np.float32),
+            low=np.array([-7, 0], np.int16),
+            high=np.array([30, 32767], np.int16),
+            background=np.array([0, -5], np.int16),
+        ),
+        tumour=np.array([1, 5, 2, 3], np.int32),
+        counts=np.array([20, 2, 1, 1], np.int64),
+        box=(slice(3, 5), slice(0, 3), slice(2, 6)),
+        shape=(9, 8, 7),
+    )
+    written = b"".join(encode(made))
+    assert hashlib.sha256(written).hexdigest() == WRITTEN_BY_VERSION_2
+    assert_same(decode(written, verify=True), made)
+    uris = tuple(f"s3://bucket/{name}.nii.gz" for name in MODALITIES)
+    digests = tuple(str(n) * 64 for n in range(5))
+    case = Case("a", "a", "2021", "brats", uris, "s3://bucket/seg.nii.gz", (1, 2, 4))
+    case = replace(case, digests=digests, box=(3, 5, 0, 3, 2, 6))
+    assert cache._key(case, DataConfig()) == KEY_OF_VERSION_2
 
 
 def test_a_hit_reads_nothing_of_the_source(cases, config, tmp_path):

@@ -1,9 +1,9 @@
 """Changes of intensity: each changes one modality (i, j, k) of one patch in place.
 
 All take (modality, brain, value), with brain (i, j, k) where the statistics are taken; what they
-do outside it is removed later. One modality at a time: in place on a view there is nothing to
-gather, and the last bits of sums and powers depend on the size of the batch they are computed in.
-Nothing here makes the host wait for a GPU.
+do outside it is removed later. They take one modality at a time, because in place on a view there
+is nothing to gather, and because the last bits of sums and powers depend on the size of the batch
+they are computed in. Nothing here makes the host wait for a GPU.
 """
 
 import math
@@ -18,31 +18,51 @@ from torch.nn.functional import interpolate, pad
 from raybrats.data.augment.resample import Shape, along_axes
 
 Step = Callable[[Tensor, Tensor, Any], None]
-"""The signature of them all."""
+"""Signature of all changes of intensity."""
 BIAS_ORDER = 3
 """Degree of the bias field's polynomial (TorchIO's default)."""
 _SMALLEST_SPAN = 1e-7
-"""Of a modality that is divided by its span (nnU-Net's value)."""
+"""Least divisor of a modality that is divided by its span (nnU-Net's value)."""
 
 
 def shade(modality: Tensor, brain: Tensor, coefficients: np.ndarray) -> None:
     """Multiplies the signal, counted from the brain's darkest voxel, by a bias field.
 
-    Counted from there because in a z-score 0 is the mean; the scanner's zero is near the minimum.
+    It is counted from there because in a z-score 0 is the mean; the scanner's zero is near the
+    minimum.
+
+    Example:
+        >>> modality, coefficients = torch.tensor([[[1.0, 3.0]]]), np.zeros((4, 4, 4))
+        >>> coefficients[0, 0, 1] = math.log(2)  # doubles towards the end of k
+        >>> shade(modality, torch.ones(1, 1, 2) > 0, coefficients)
+        >>> modality
+        tensor([[[1., 5.]]])
     """
     low, _ = _range(modality, brain)
     modality.sub_(low).mul_(bias_field(coefficients, modality.shape, modality.device)).add_(low)
 
 
 def bias_field(coefficients: np.ndarray, shape: Shape, device: torch.device) -> Tensor:
-    """Exponential of the sum of c[a, b, c] i^a j^b k^c, with -1 and 1 at the ends of the patch."""
+    """Exponential of the sum of coefficients[a, b, c] i^a j^b k^c, from -1 to 1 along the patch.
+
+    Example:
+        >>> bias_field(np.zeros((4, 4, 4)), (1, 1, 2), torch.device("cpu"))
+        tensor([[[1., 1.]]])
+    """
     powers = [np.vander(_centred(n), BIAS_ORDER + 1, increasing=True) for n in shape]
     cube = torch.from_numpy(coefficients.astype(np.float32)).to(device, non_blocking=True)
     return along_axes(cube, powers).exp_()
 
 
 def add_noise(modality: Tensor, _: Tensor, value: tuple[float, int]) -> None:
-    """Adds Gaussian noise of a deviation and seed."""
+    """Adds Gaussian noise of a deviation and seed.
+
+    Example:
+        >>> modality = torch.zeros(8, 8, 8)
+        >>> add_noise(modality, modality > 0, (0.1, 42))
+        >>> 0.08 < modality.std() < 0.12
+        tensor(True)
+    """
     deviation, seed = value
     source = torch.Generator(modality.device).manual_seed(seed)
     modality.add_(torch.empty_like(modality).normal_(generator=source), alpha=deviation)
@@ -51,8 +71,14 @@ def add_noise(modality: Tensor, _: Tensor, value: tuple[float, int]) -> None:
 def blur(modality: Tensor, _: Tensor, sigmas: tuple[float, float, float]) -> None:
     """Blurs with the discrete Gaussian of a sigma in voxels along each axis; edges are repeated.
 
-    Sums of shifted views: seven times faster on two CPU cores than torch's convolution or a matrix
-    product (measured, 128^3), and the order of summation is the same everywhere.
+    Sums of shifted views are seven times faster on two CPU cores than torch's convolution or a
+    matrix product (measured, 128^3), and their order of summation is the same everywhere.
+
+    Example:
+        >>> modality = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]).view(5, 1, 1)
+        >>> blur(modality, modality > 0, (0.5, 0.0, 0.0))
+        >>> modality.flatten()
+        tensor([0.0061, 0.0981, 0.7910, 0.0981, 0.0061])
     """
     kernels = [
         gaussian(sigma if n > 1 else 0) for n, sigma in zip(modality.shape, sigmas, strict=True)
@@ -74,6 +100,10 @@ def gaussian(sigma: float) -> list[float]:
 
     Its variance is sigma^2 below a voxel too (Lindeberg 1990); a sampled Gaussian of sigma 0.5
     has 14 % less.
+
+    Example:
+        >>> [round(weight, 3) for weight in gaussian(0.5)]
+        [0.791, 0.098, 0.006, 0.0]
     """
     reach = math.ceil(4 * sigma) + (sigma > 0)
     num_waves = 16 * (reach + 1)
@@ -83,26 +113,54 @@ def gaussian(sigma: float) -> list[float]:
 
 
 def brighten(modality: Tensor, _: Tensor, factor: float) -> None:
-    """Multiplies."""
+    """Multiplies by a factor.
+
+    Example:
+        >>> modality = torch.ones(1, 1, 2)
+        >>> brighten(modality, modality > 0, 1.25)
+        >>> modality
+        tensor([[[1.2500, 1.2500]]])
+    """
     modality.mul_(factor)
 
 
 def stretch(modality: Tensor, brain: Tensor, factor: float) -> None:
-    """Changes the contrast about the brain's mean; the brain's range is kept (nnU-Net)."""
+    """Changes the contrast about the brain's mean; the brain's range is kept (nnU-Net).
+
+    Example:
+        >>> modality = torch.tensor([[[0.0, 4.0, 8.0]]])
+        >>> stretch(modality, torch.ones(1, 1, 3) > 0, 0.5)
+        >>> modality
+        tensor([[[2., 4., 6.]]])
+    """
     low, high = _range(modality, brain)
     mean, _ = _moments(modality, brain)
     modality.sub_(mean).mul_(factor).add_(mean).clamp_(low, high)
 
 
 def coarsen(modality: Tensor, _: Tensor, zoom: float) -> None:
-    """Takes the nearest voxels of a grid coarser by `zoom`, and interpolates back linearly."""
+    """Takes the nearest voxels of a grid coarser by `zoom`, and interpolates back linearly.
+
+    Example:
+        >>> modality = torch.arange(4.0).view(1, 1, 4)
+        >>> coarsen(modality, modality > 0, 0.5)
+        >>> modality
+        tensor([[[1.0000, 1.5000, 2.5000, 3.0000]]])
+    """
     coarse = [max(1, round(n * zoom)) for n in modality.shape]
     small = interpolate(modality[None, None], coarse, mode="nearest-exact")
     modality.copy_(interpolate(small, modality.shape, mode="trilinear")[0, 0])
 
 
 def bend(modality: Tensor, brain: Tensor, gamma: float) -> None:
-    """Raises to a power within the brain's range, which is kept."""
+    """Raises to a power within the brain's range, which is kept.
+
+    Example:
+        >>> modality = torch.tensor([[[0.0, 2.0, 4.0]]])
+        >>> bend(modality, torch.ones(1, 1, 3) > 0, 2.0)
+        >>> modality
+        tensor([[[0., 1., 4.]]])
+    """
     low, high = _range(modality, brain)
     span = high - low
     modality.sub_(low).div_(span.clamp(min=_SMALLEST_SPAN)).clamp_(0, 1).pow_(gamma)
@@ -110,7 +168,14 @@ def bend(modality: Tensor, brain: Tensor, gamma: float) -> None:
 
 
 def bend_keeping_moments(modality: Tensor, brain: Tensor, gamma: float) -> None:
-    """The same, then scaled and shifted back to the brain's mean and deviation (nnU-Net)."""
+    """Raises to a power within the brain's range; its mean and deviation are kept (nnU-Net).
+
+    Example:
+        >>> modality = torch.tensor([[[0.0, 2.0, 4.0]]])
+        >>> bend_keeping_moments(modality, torch.ones(1, 1, 3) > 0, 2.0)
+        >>> modality
+        tensor([[[0.3987, 1.3595, 4.2418]]])
+    """
     mean, deviation = _moments(modality, brain)
     bend(modality, brain, gamma)
     moved, spread = _moments(modality, brain)
@@ -118,7 +183,14 @@ def bend_keeping_moments(modality: Tensor, brain: Tensor, gamma: float) -> None:
 
 
 def on_negative(step: Step) -> Step:
-    """The same step on the negative: gamma then bends most where the modality is bright."""
+    """The same step on the negative: gamma then bends most where the modality is bright.
+
+    Example:
+        >>> modality = torch.tensor([[[1.0, 3.0, 5.0]]])
+        >>> on_negative(bend)(modality, torch.ones(1, 1, 3) > 0, 2.0)
+        >>> modality
+        tensor([[[1., 4., 5.]]])
+    """
 
     def inverted(modality: Tensor, brain: Tensor, value: float) -> None:
         step(modality.neg_(), brain, value)

@@ -1,6 +1,6 @@
 """Patches moved on their own grid: rotation, scale and elastic deformation in one resampling.
 
-Also the map along each axis that smooth things share (B-spline, Gaussian, polynomial).
+The maps along each axis, of which B-splines and polynomials are made, are here too.
 """
 
 import math
@@ -19,18 +19,24 @@ _BRAIN = 128
 
 @dataclass(frozen=True)
 class Warp:
-    """Where the voxels of a patch come from; the centre stays, each default moves nothing."""
+    """Where the voxels of a patch come from; the centre stays, each default moves nothing.
+
+    Example:
+        >>> Warp(angles_degrees=(0.0, 0.0, 15.0), scale=1.2).elastic_voxels
+        0.0
+    """
 
     angles_degrees: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """About i, then j, then k."""
+    """Rotations about i, then j, then k."""
     scale: float = 1.0
     """Source voxels a voxel: above 1 the head looks smaller and background comes in."""
     elastic_voxels: float = 0.0
-    """Control points are displaced by at most this along each axis."""
+    """Largest displacement of a control point along each axis."""
     spacing_voxels: float = 32.0
-    """Between control points; no fold while `elastic_voxels` is under 0.4 of it (Rueckert 2006)."""
+    """Distance of control points; nothing folds while `elastic_voxels` is under 0.4 of it (Rueckert
+    2006)."""
     seed: int = 0
-    """Of the control points."""
+    """Seed of the control points."""
 
 
 def resample(warp: Warp, image: Tensor, labels: Tensor, brain: Tensor) -> Tensor:
@@ -38,6 +44,13 @@ def resample(warp: Warp, image: Tensor, labels: Tensor, brain: Tensor) -> Tensor
 
     The image is interpolated linearly, labels and brain take the nearest voxel; beyond the patch
     is background.
+
+    Example:
+        >>> image, labels = torch.arange(9.0).view(1, 3, 3, 1), torch.zeros(3, 3, 1)
+        >>> brain = torch.ones(1, 3, 3, 1) > 0
+        >>> _ = resample(Warp(angles_degrees=(0.0, 0.0, 180.0)), image, labels, brain)
+        >>> image.flatten().round()
+        tensor([8., 7., 6., 5., 4., 3., 2., 1., 0.])
     """
     grid = sampling_grid(warp, labels.shape, image.device)
     image.copy_(_sample(image, grid, "bilinear"))
@@ -63,6 +76,10 @@ def sampling_grid(warp: Warp, shape: Shape, device: torch.device) -> Tensor:
 
     The rotation acts on voxels, and only then each axis is divided by its own extent: otherwise
     a rotation of a patch with unequal edges would be a shear.
+
+    Example:
+        >>> sampling_grid(Warp(), (2, 1, 1), torch.device("cpu"))[..., 2].flatten()
+        tensor([-0.5000,  0.5000])
     """
     matrix = _matrix(warp, shape)
     places = [torch.arange(n, device=device) - (n - 1) / 2 for n in shape]
@@ -78,9 +95,13 @@ def sampling_grid(warp: Warp, shape: Shape, device: torch.device) -> Tensor:
 
 
 def along_axes(cube: Tensor, matrices: Sequence[np.ndarray]) -> Tensor:
-    """Each matrix (out, in) applied along its axis of a contiguous (i, j, k).
+    """A contiguous cube (i, j, k) with each matrix (out, in) applied along its axis.
 
-    One cube at a time: the bits of a batched product may depend on how many are in the batch.
+    The bits of a batched product may depend on how many are in the batch, so this takes one cube.
+
+    Example:
+        >>> along_axes(torch.ones(2, 3, 1), [np.ones((1, 2)), np.eye(3), np.eye(1)]).flatten()
+        tensor([2., 2., 2.])
     """
     first, second, third = (
         torch.from_numpy(m.astype(np.float32)).to(cube.device, non_blocking=True) for m in matrices
@@ -90,16 +111,16 @@ def along_axes(cube: Tensor, matrices: Sequence[np.ndarray]) -> Tensor:
 
 
 def _matrix(warp: Warp, shape: Shape) -> np.ndarray:
-    """Source voxels from voxels, both counted from the centre."""
+    """The map (3, 3) from voxels to source voxels, both counted from the centre."""
     matrix = np.eye(3)
     for axis, angle in enumerate(warp.angles_degrees):
         a, b = (axis + 1) % 3, (axis + 2) % 3
         if min(shape[a], shape[b]) > 1:
-            turn, radians = np.eye(3), math.radians(angle)
-            turn[a, a] = turn[b, b] = math.cos(radians)
-            turn[b, a] = math.sin(radians)
-            turn[a, b] = -turn[b, a]
-            matrix = turn @ matrix
+            rotation, radians = np.eye(3), math.radians(angle)
+            rotation[a, a] = rotation[b, b] = math.cos(radians)
+            rotation[b, a] = math.sin(radians)
+            rotation[a, b] = -rotation[b, a]
+            matrix = rotation @ matrix
     return matrix * np.where(np.array(shape) > 1, warp.scale, 1.0)
 
 
