@@ -8,14 +8,17 @@ demo: .venv/installed
 	$(BIN)/raybrats demo --out demo
 
 # Two sessions side by side: much of what Ray's tests take is waiting for processes to start.
+# The coverage is that of these two processes; what runs in Ray's workers is not in it.
 test: .venv/installed lint
 	$(MAKE) --keep-going --jobs=2 test-ray test-rest
+	$(BIN)/coverage combine --quiet .coverage.ray .coverage.rest
+	$(BIN)/coverage report
 
 test-ray: .venv/installed
-	$(BIN)/pytest -m ray
+	COVERAGE_FILE=.coverage.ray $(BIN)/pytest --cov --cov-report= -m ray
 
 test-rest: .venv/installed
-	$(BIN)/pytest -m "not ray"
+	COVERAGE_FILE=.coverage.rest $(BIN)/pytest --cov --cov-report= -m "not ray"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
