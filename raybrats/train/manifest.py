@@ -91,7 +91,7 @@ def written(run_uri: str) -> list[Written]:
 
 
 def ranked(found: Sequence[Written]) -> list[Written]:
-    """Those that were validated, the highest mean region Dice first; of equals the later.
+    """The validated checkpoints, the highest mean region Dice first; of equals the later first.
 
     Example:
         >>> scores = {1: {"mean": 0.7}, 2: {"mean": 0.9}, 3: {"mean": 0.7}, 4: {}}

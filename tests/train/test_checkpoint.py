@@ -1,4 +1,4 @@
-"""Checkpoints on a local path and on S3: what is written, found, trusted, kept and put aside."""
+"""Checkpoints on a local path and on S3: what is written, found, trusted, kept and quarantined."""
 
 import io
 import json
@@ -157,7 +157,7 @@ def test_a_run_cut_in_its_first_upload_starts_afresh(run_uri):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damaged_newest_is_put_aside_for_the_one_before(run_uri, name, how):
+def test_a_damaged_newest_is_quarantined_for_the_one_before(run_uri, name, how):
     write(run_uri, 1)
     bad = write(run_uri, 2)
     change(bad, name, how)
