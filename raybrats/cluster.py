@@ -20,7 +20,7 @@ _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # Keeps CUDA_VISIBLE_DEVICES of tasks that ask for no GPU.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # A worker group that cannot start is told so in a minute instead of being retried for ever.
+    # A worker group that cannot start fails after a minute instead of being retried for ever.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     # Workers keep the driver's working directory, so relative paths mean the same there.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -57,7 +57,8 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
             address=address,
             logging_level=logging.ERROR,
             log_to_driver=verbose,
-            include_dashboard=_wanted(dashboard),
+            # may only be given for a cluster that is started here
+            include_dashboard=None if address else dashboard,
         )
     except (ConnectionError, RuntimeError) as error:
         words = str(error).splitlines()[0]
@@ -147,11 +148,6 @@ def each(
             if (cause := cause_of(error)) is not None:
                 raise cause from error  # its own words, not the traceback around them
             raise
-
-
-def _wanted(dashboard: bool) -> bool | None:
-    """`include_dashboard` may only be given for a cluster that is started here."""
-    return None if os.environ.get("RAY_ADDRESS") else dashboard
 
 
 def _protect_token() -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import ray
 import ray.exceptions
 from ray.actor import ActorHandle
+from ray.train.v2._internal.execution.context import get_train_context
 
 from raybrats.errors import RaybratsError
 from raybrats.registry.metric_log import MetricLog
@@ -143,7 +144,9 @@ class Requests:
         """Whether one is, once for each request."""
         if self._asked.is_set():
             return True
-        notice = _preemption()
+        # Ray's public `get_preemption_info` is a barrier of all ranks handing on what rank 0 knows.
+        # That is all that is needed: it saves alone, while the others wait in their next step.
+        notice = get_train_context().preemption_context.preemption_info
         if notice is not None and notice != self._notice:
             self._notice = notice
             return True
@@ -179,14 +182,3 @@ def _alone() -> Generator[None]:
         yield
     except RaybratsError as error:
         raise Rank0Error(error) from error
-
-
-def _preemption() -> object:
-    """Ray Train's notice that a node of this run is to be taken away; None without one.
-
-    Ray's public `get_preemption_info` is a barrier of all ranks. It hands on what rank 0 knows,
-    which is all that is needed: rank 0 saves alone, while the others wait in their next step.
-    """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info

@@ -49,7 +49,7 @@ class Lease:
     boot: str | None
     """Kernel's id of this boot, for a host's name is neither unique nor tells a restart."""
     pid_namespace: str | None
-    """In another one, as in another container, the same pid is another process."""
+    """Kernel's id of the pids' namespace: in another container the same pid is another process."""
     pid: int
     started: int | None
     """Start of the process in clock ticks after boot, for pids are used again."""

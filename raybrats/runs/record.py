@@ -32,7 +32,7 @@ class Record:
     mlflow_run_id: str
     """Empty as long as there was no server."""
     digest: str
-    """Of what decides the weights and how they are scored."""
+    """Digest of what decides the weights and how they are scored."""
     cohort: str
     """Digest of the cases, their bytes and their folds."""
     config: Mapping[str, Any]
@@ -139,7 +139,7 @@ def deliver(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) 
     """The run once the metrics that waited are sent, when the training is over; it has an id now.
 
     Raises:
-        RegistrationError: the server is still away: trained, but neither told nor registered.
+        RegistrationError: the server is still away: trained, but neither logged nor registered.
 
     Example:
         >>> deliver(config, "runs/one", run, cases).run_id  # doctest: +SKIP

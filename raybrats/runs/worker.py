@@ -108,7 +108,7 @@ class _Worker:
         self._lead.log(figures, tally)
 
     def _save(self, metrics: Mapping[str, float], finished: bool) -> None:
-        """A checkpoint, by rank 0; after a validation Ray Train is told too, by all."""
+        """A checkpoint, by rank 0; a validation is reported to Ray Train too, by all."""
         self._lead.save(metrics, finished)
         if metrics:
             ray.train.report({"step": self._learner.step, **metrics})
