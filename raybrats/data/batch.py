@@ -19,7 +19,7 @@ class Batch:
     labels: Tensor
     """Labels, uint8 (batch, i, j, k), likewise."""
     scaling: Scaling[Tensor]
-    """What makes network input of the voxels, (batch, modality)."""
+    """Numbers that make network input of the voxels, (batch, modality)."""
     draw: Tensor
     """Numbers of the draws, int64 (batch,)."""
 

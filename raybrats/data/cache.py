@@ -15,8 +15,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -46,7 +45,7 @@ bounds the disk space of entries that were removed meanwhile, and the page table
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of some look-ups; tallies add up.
+    """Counts of what became of some look-ups; tallies add up.
 
     Example:
         >>> Tally(hits=3) + Tally(hits=1, misses=2)
@@ -110,8 +109,8 @@ def prepared(case: Case, data: DataConfig) -> tuple[Prepared, Tally]:
         found, damaged = _read(entry)
         if found is not None:
             return found, Tally(hits=1)
-        lock = _lock(folder / f"lock-{int(entry.name[:8], 16) % _LOCKS}")
-        with lock:
+        with (folder / f"lock-{int(entry.name[:8], 16) % _LOCKS}").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # which the system lets go when the process dies
             return _make(case, data, entry, Tally(damaged=damaged))
     except OSError as error:
         _warn_once(error)
@@ -235,14 +234,6 @@ def _evict(folder: Path, limit: int) -> int:
             path.unlink()
             removed += 1
     return removed
-
-
-@contextmanager
-def _lock(path: Path) -> Generator[None]:
-    """Holds a lock that the system lets go when the process dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _warn_once(error: Exception) -> None:

@@ -95,13 +95,9 @@ def _order(num_cases: int, batch: int, seed: int, epoch: int) -> np.ndarray:
         begun = number * num_cases % batch
         shuffled = np.random.default_rng((seed, number)).permutation(num_cases)
         if begun and num_cases >= batch:
-            shuffled = _apart(shuffled, order[num_cases - begun :], batch - begun)
+            # the rest of the step that has begun goes to cases that it does not hold yet
+            taken = np.isin(shuffled, order[num_cases - begun :])
+            first = np.flatnonzero(~taken)[: batch - begun]
+            shuffled = np.concatenate([shuffled[first], np.delete(shuffled, first)])
         order = shuffled
     return order
-
-
-def _apart(order: np.ndarray, taken: np.ndarray, count: int) -> np.ndarray:
-    """The order with its first `count` places given to cases that are not taken."""
-    free = np.flatnonzero(~np.isin(order, taken))[:count]
-    rest = np.delete(np.arange(len(order)), free)
-    return order[np.concatenate([free, rest])]

@@ -69,7 +69,7 @@ class Prepared:
     labels: np.ndarray | None
     """Labels 0, NCR, ED and ET, uint8 (i, j, k)."""
     scaling: Scaling[np.ndarray]
-    """What makes network input of the voxels."""
+    """Numbers that make network input of the voxels."""
     tumour: np.ndarray
     """Places of the voxels of NCR, then ED, then ET, counted along the memory; int32."""
     counts: np.ndarray

@@ -64,7 +64,7 @@ class Stream:
 
     def __init__(self, config: TrainConfig, cases: Sequence[Case], assignment: Assignment) -> None:
         self.tally = Tally()
-        """What became so far of the look-ups in the nodes' caches."""
+        """Tally of the look-ups in the nodes' caches so far."""
         self._config, self._assignment = config, assignment
         self._cases = [json.dumps(asdict(case)) for case in cases]
         self._task = PatchTask(config, cases)

@@ -49,7 +49,8 @@ def bias_field(coefficients: np.ndarray, shape: Shape, device: torch.device) -> 
         >>> bias_field(np.zeros((4, 4, 4)), (1, 1, 2), torch.device("cpu"))
         tensor([[[1., 1.]]])
     """
-    powers = [np.vander(_centred(n), BIAS_ORDER + 1, increasing=True) for n in shape]
+    places = [np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape]
+    powers = [np.vander(axis, BIAS_ORDER + 1, increasing=True) for axis in places]
     cube = torch.from_numpy(coefficients.astype(np.float32)).to(device, non_blocking=True)
     return along_axes(cube, powers).exp_()
 
@@ -214,7 +215,3 @@ def _range(modality: Tensor, brain: Tensor) -> tuple[Tensor, Tensor]:
     outside = ~brain
     low = modality.masked_fill(outside, torch.inf).amin()
     return low, modality.masked_fill(outside, -torch.inf).amax()
-
-
-def _centred(extent: int) -> np.ndarray:
-    return np.linspace(-1, 1, extent) if extent > 1 else np.zeros(1)
