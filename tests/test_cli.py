@@ -339,7 +339,7 @@ def test_what_is_unlike_brats_is_said_in_a_plain_line(desk_without_ray, patient,
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ("{run} --flair {dir}/flair.nii --t1 {dir}/t1.nii", 5, ["no t1ce, t2 file", "step-"]),
+        ("{run} --flair {dir}/flair.nii --t1 {dir}/t1.nii", 5, ["no t1ce, t2", "drop_modality"]),
         ("{run} {files} --t2 {dir}/wide.nii", 5, ["wide.nii", "shape", "--resample"]),
         ("{run} {files} --t2 {dir}/text.nii", 5, ["text.nii: not a NIfTI file"]),
         ("{run} {files} --t2 {dir}/none.nii", 6, ["none.nii: does not exist"]),

@@ -133,8 +133,8 @@ def open_case_for(model: Model, case: Case, *, resample: bool = False) -> RawCas
         raise DataError(f"{case.case_id}: {case.reason}")
     if seen.status == BAD or (seen.status == INCOMPLETE and not model.takes_incomplete):
         raise DataError(
-            f"{case.case_id}: {case.reason}, which {model.name} needs; complete it, or use a model "
-            "that was trained with augment.drop_modality"
+            f"{case.case_id}: {case.reason}; complete it, or use a model that was trained with "
+            "augment.drop_modality"
         )
     missing = tuple(m for m in model.modalities if m in case.missing)
     try:

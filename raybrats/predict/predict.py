@@ -12,10 +12,10 @@ from ray.data import ActorPoolStrategy
 
 from raybrats import cluster, storage
 from raybrats.data.cohort import index
-from raybrats.data.cohort.case import BAD, INCOMPLETE, Case, open_case
-from raybrats.data.cohort.usable import with_modalities
+from raybrats.data.cohort.case import BAD, Case
 from raybrats.data.nifti.volume import encode_labels
 from raybrats.errors import DataError, MissingObjectError, RaybratsError, UsageError
+from raybrats.predict.patient import open_case_for
 from raybrats.progress import Display
 from raybrats.registry import load, tracking
 from raybrats.table import table
@@ -175,17 +175,10 @@ def segment_case(case: Case, model: load.Model, out_uri: str) -> None:
         >>> model = load.load("models:/raybrats/3", "http://mlflow:5000")  # doctest: +SKIP
         >>> segment_case(index.find_cases("BraTS2021")[0], model, "out")  # doctest: +SKIP
     """
-    status = with_modalities([case], model.modalities)[0].status
-    if status == BAD or (status == INCOMPLETE and not model.takes_incomplete):
-        raise DataError(
-            f"{case.case_id}: {case.reason}; complete it, or use a model that was trained with "
-            "augment.drop_modality"
-        )
-    opened = open_case(case, model.modalities, labels=False)
-    labels = model.predict(np.stack(opened.volumes).astype(np.float32))
+    raw = open_case_for(model, case)
     values = np.array([0, *case.label_values], np.uint8)
     uri = storage.join(out_uri, file_name(case))
-    storage.write_bytes(uri, encode_labels(values[labels], opened.grid))
+    storage.write_bytes(uri, encode_labels(values[model.predict(raw.image)], raw.grid))
 
 
 class _Worker:
