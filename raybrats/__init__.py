@@ -12,7 +12,8 @@ elsewhere where `raybrats.progress.ask_for_lines` asked for it.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -220,6 +221,9 @@ class _Package(ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
         if name not in __all__ or not isinstance(value, ModuleType):
             super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+        return import_module, (__name__,)  # for functions of a notebook that Ray sends elsewhere
 
 
 sys.modules[__name__].__class__ = _Package

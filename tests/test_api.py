@@ -52,6 +52,15 @@ def test_its_verbs_stay_functions_once_the_folders_of_their_names_are_loaded():
     assert python(code) == ("", "")
 
 
+def test_a_function_that_uses_it_may_be_sent_to_another_process():
+    code = (
+        "import cloudpickle\nimport raybrats as rb\n"
+        "def steps(): return rb.recipe('tiny').optim.steps\n"
+        "print(cloudpickle.loads(cloudpickle.dumps(steps))())"
+    )
+    assert python(code) == (f"{recipes.tiny().optim.steps}\n", "")
+
+
 def test_type_checkers_see_what_it_takes_and_gives(tmp_path):
     good = "import raybrats as rb\nscores: float = rb.train(rb.recipe('tiny')).scores['WT']\n"
     (tmp_path / "good.py").write_text(good + "rb.load('run').segment(['a.nii']).save('b.nii')\n")
