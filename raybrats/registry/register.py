@@ -5,7 +5,8 @@ import importlib.metadata
 import importlib.util
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from mlflow import MlflowClient
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
+from mlflow.utils.logging_utils import disable_logging, enable_logging
 
 from raybrats.config import TrainConfig, to_json
 from raybrats.errors import RegistrationError, TrackingError
@@ -98,6 +100,7 @@ def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
         tempfile.TemporaryDirectory() as folder,
         mlflow.start_run(run_id=run.run_id),
         warnings.catch_warnings(),
+        _quiet(),
     ):
         # An input example would be segmented at once, and the signature is given.
         warnings.filterwarnings("ignore", message=".*[Ii]nput example")
@@ -122,6 +125,16 @@ def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
             registered_model_name=config.tracking.model,
         )
     return str(info.registered_model_version)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Within it MLflow prints nothing of what it registers, for which nobody has asked here."""
+    disable_logging()
+    try:
+        yield
+    finally:
+        enable_logging()
 
 
 def _find_version(client: MlflowClient, name: str, run: Run, weights: str) -> Version | None:
