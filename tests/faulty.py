@@ -98,3 +98,19 @@ def _first(story: Story, number: int, fault: Fault) -> bool:
 def _note(file: Path, line: str) -> None:
     with file.open("a") as lines:
         lines.write(f"{line}\n")
+
+
+def until(condition: Callable[[], Any], seconds: float = 240.0) -> Any:
+    """What the condition comes to, once that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it has not come to that"
+        time.sleep(0.2)
+    return found
+
+
+def saved(run_uri: str) -> list[int]:
+    """Steps of the checkpoints of a run."""
+    from raybrats.train import checkpoint
+
+    return [written.step for written in checkpoint.written(run_uri)]

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from faulty import SOAK, Fault, Story
+from faulty import SOAK, Fault, Story, saved, until
 from mlflow import MlflowClient
 from services import processes
 
@@ -40,18 +40,6 @@ def command(config):
         *("--optim.global_batch", "2", "--tracking.uri", config.tracking.uri),
         *("--tracking.experiment", "drivers", "--tracking.model", "", "--json"),
     ]
-
-
-def until(condition, seconds=240.0):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it has not come to that"
-        time.sleep(0.2)
-    return found
-
-
-def saved(run_uri):
-    return [w.step for w in checkpoint.written(run_uri)]
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import ray
+from faulty import saved, until
 from mlflow import MlflowClient
 from services import processes
 
@@ -17,7 +17,6 @@ from raybrats import storage
 from raybrats.config import override_all
 from raybrats.runs import record
 from raybrats.runs.sweep import search
-from raybrats.train import checkpoint
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow, pytest.mark.slow]
 STEPS, SAVE_EVERY = 160, 8
@@ -39,23 +38,11 @@ def base(two_workers):
     return override_all(two_workers, changes)
 
 
-def until(condition, seconds=240.0):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it has not come to that"
-        time.sleep(0.2)
-    return found
-
-
 def trials(config):
     """Run URIs of the trials of a sweep that have a record, by their own names."""
     prefix = storage.join(config.run.storage_uri, f"{config.run.name}-")
     found = Path(config.run.storage_uri).glob(f"{config.run.name}-*/run.json")
     return sorted(str(path.parent) for path in found if str(path).startswith(prefix))
-
-
-def saved(run_uri):
-    return [written.step for written in checkpoint.written(run_uri)]
 
 
 def kill_a_trial(config, session, happened):
