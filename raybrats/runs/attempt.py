@@ -70,13 +70,15 @@ class Attempt:
 
     def _launched(self, job: Job, callbacks: Sequence[UserCallback]) -> Outcome:
         try:
-            return launch.fit(job, callbacks)
+            outcome = launch.fit(job, callbacks)
         except KeyboardInterrupt:
             board.abort(job.board)
             raise
         except RaybratsError:
             self.stop.check()  # it was we who ended it
             raise
+        self.stop.check()  # too late for the workers, but nothing is registered any more
+        return outcome
 
     def _job(self, shown: ActorHandle) -> Job:
         train_cases, held_out = split(self.config, self.cases)

@@ -20,6 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raybrats.progress import Display
 
 _LOG = logging.getLogger(__name__)
+_NAME_FREE_S = 30.0
+"""Seconds that the board of an attempt that was killed may take to end."""
 _ABORT_S = 30.0
 """Seconds that Ray Train's controller has to end its workers."""
 
@@ -96,11 +98,7 @@ def followed(
         >>> with followed("runs/one", 150) as board:  # doctest: +SKIP
         ...     board.post.remote(75, "loss 0.4")
     """
-    # beside the driver, whose end is the run's: another node may be taken away
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here, name=_name(run_uri))
-    board = cast(ActorHandle, actor.remote())
-    ended = threading.Event()
+    board, ended = _new(run_uri), threading.Event()
 
     def follow(display: Display) -> None:
         shown, heard, since_s = None, 0, time.monotonic()
@@ -179,6 +177,21 @@ def save_all(boards: list[ActorHandle], grace_s: float) -> None:
                 except ray.exceptions.RayActorError:  # its run has ended
                     waiting.remove(board)
         time.sleep(0.1)
+
+
+def _new(run_uri: str) -> ActorHandle:
+    """A board with the name of the run, once that is free: an earlier one may still be ending."""
+    # beside the driver, whose end is the run's: another node may be taken away
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here, name=_name(run_uri))
+    until = time.monotonic() + _NAME_FREE_S
+    while True:
+        try:
+            return cast(ActorHandle, actor.remote())
+        except ValueError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
 
 
 def _name(run_uri: str) -> str:

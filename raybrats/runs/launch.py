@@ -122,7 +122,7 @@ class _Attached(ControllerCallback):
 
     def after_controller_start(self, train_run_context: object) -> None:  # noqa: ARG002
         """Runs in Ray Train's controller."""
-        ray.get(self._board.attach.remote(ray.get_runtime_context().current_actor))
+        self._board.attach.remote(ray.get_runtime_context().current_actor)
 
 
 class _Restarts(UserCallback):

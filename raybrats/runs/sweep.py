@@ -211,6 +211,12 @@ def _run_trial(overrides: dict[str, Any], shared: Search) -> None:
 def _outcome(shared: Search, result: ray.tune.Result) -> Trial:
     """A trial as its files tell it; its MLflow run is closed."""
     overrides, reported = dict(result.config or {}), result.metrics or {}
+    error = str(reported.get("error", ""))
+    if result.error is not None:
+        cause = cause_of(result.error) or result.error
+        error = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
+    if "trial_id" not in reported:  # it never began
+        return Trial(overrides, "failed" if error else "pruned", None, "", "", error)
     uri = run_uri(shared.trial_config(overrides, reported["trial_id"]))
     known = record.read(uri)
     run_id = known.mlflow_run_id if known else ""
@@ -218,10 +224,6 @@ def _outcome(shared: Search, result: ray.tune.Result) -> Trial:
         score = best_scores(uri)["mean"]
     except CheckpointError:
         score = None
-    error = str(reported.get("error", ""))
-    if result.error is not None:
-        cause = cause_of(result.error) or result.error
-        error = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
     ended = any(written.finished for written in checkpoint.written(uri))
     status = "finished" if ended else "failed" if error else "pruned"
     closing = {"finished": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}[status]
