@@ -203,8 +203,9 @@ def _root(failures: Mapping[int, Exception]) -> tuple[int, str]:
 
 
 def _line(error: BaseException) -> str:
-    words = str(error).strip().splitlines() or ["no words"]
-    return f"{type(error).__name__}: {words[0]}"[:300]
+    first, *more = str(error).strip().splitlines() or ["no words"]
+    words = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+    return f"{type(error).__name__}: {words}"[:300]
 
 
 def _cause(error: Exception, job: Job) -> RaybratsError:
