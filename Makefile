@@ -2,23 +2,20 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-faults test-ray test-rest lint soak bench
+.PHONY: demo test test-ray test-rest lint soak bench
 
 demo: .venv/installed
 	$(BIN)/raybrats demo --out demo
 
-# Three sessions side by side: much of what Ray's tests take is waiting for processes to start.
-# The coverage is that of these three processes; what runs in Ray's workers is not in it.
+# Two sessions side by side: much of what Ray's tests take is waiting for processes to start.
+# The coverage is that of these two processes; what runs in Ray's workers is not in it.
 test: .venv/installed lint
-	$(MAKE) --keep-going --jobs=3 test-faults test-ray test-rest
-	$(BIN)/coverage combine --quiet .coverage.faults .coverage.ray .coverage.rest
+	$(MAKE) --keep-going --jobs=2 test-ray test-rest
+	$(BIN)/coverage combine --quiet .coverage.ray .coverage.rest
 	$(BIN)/coverage report
 
-test-faults: .venv/installed
-	COVERAGE_FILE=.coverage.faults $(BIN)/pytest --cov --cov-report= -m "ray and faults"
-
 test-ray: .venv/installed
-	COVERAGE_FILE=.coverage.ray $(BIN)/pytest --cov --cov-report= -m "ray and not faults"
+	COVERAGE_FILE=.coverage.ray $(BIN)/pytest --cov --cov-report= -m ray
 
 test-rest: .venv/installed
 	COVERAGE_FILE=.coverage.rest $(BIN)/pytest --cov --cov-report= -m "not ray"
