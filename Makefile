@@ -15,10 +15,10 @@ test: .venv/installed lint
 	$(BIN)/coverage report
 
 test-ray: .venv/installed
-	COVERAGE_FILE=.coverage.ray $(BIN)/pytest --cov --cov-report= -m ray
+	COVERAGE_FILE=.coverage.ray $(BIN)/pytest --cov --cov-report= --cov-fail-under=0 -m ray
 
 test-rest: .venv/installed
-	COVERAGE_FILE=.coverage.rest $(BIN)/pytest --cov --cov-report= -m "not ray"
+	COVERAGE_FILE=.coverage.rest $(BIN)/pytest --cov --cov-report= --cov-fail-under=0 -m "not ray"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

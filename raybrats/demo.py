@@ -1,5 +1,6 @@
 """The whole line on phantoms, with local files, SQLite MLflow and a local Ray: minutes, no GPU."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -18,10 +19,14 @@ SHAPE = (64, 64, 48)
 NUM_CASES = 12
 
 
-def run_demo(out: str) -> dict[str, Any]:
+def run_demo(out: str, changes: Mapping[str, object] | None = None) -> dict[str, Any]:
     """Phantoms, index, train, register, predict the held-out fold, evaluate, report.
 
     Everything lies below `out`; run again, it trains and registers once more.
+
+    Args:
+        out: local folder.
+        changes: fields of the recipe that are other than `tiny`'s, by dotted path.
 
     Raises:
         UsageError: `out` is not a local folder.
@@ -39,7 +44,7 @@ def run_demo(out: str) -> dict[str, Any]:
     # Its own server even where MLFLOW_TRACKING_URI names one: a demo registers nothing elsewhere.
     tracking_uri = f"sqlite:///{runs_uri}/mlflow.db"
     places = {"data.cohort": cohort_uri, "run.storage_uri": runs_uri, "tracking.uri": tracking_uri}
-    config = override_all(tiny(), places)
+    config = override_all(tiny(), {**places, **(changes or {})})
     write_phantoms(phantoms, num_cases=NUM_CASES, shape=SHAPE, edition="2020", seed=config.run.seed)
     cluster.connect()
     found = index.summary(index.index(phantoms, cohort_uri))

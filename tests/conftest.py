@@ -85,7 +85,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Ra
         **s3.environment(),
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *modules]),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-        "RAY_metrics_report_interval_ms": "2000",
+        "RAY_metrics_report_interval_ms": "2000" if "RAYBRATS_SOAK" in os.environ else "10000",
         # An idle worker waits for the next test: starting another one costs a second of a core
         "RAY_num_workers_soft_limit": "12",
         "RAY_idle_worker_killing_time_threshold_ms": "60000",

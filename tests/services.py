@@ -299,6 +299,7 @@ def ray_head(
         options = f"""--head --block --disable-usage-stats --temp-dir={temporary} --port={gcs}
             --dashboard-host=127.0.0.1 --dashboard-port={dashboard} --num-cpus={num_cpus}
             --dashboard-agent-listen-port={agent} --dashboard-agent-grpc-port={agent_grpc}
+            --include-log-monitor=false
             --ray-client-server-port={client} --min-worker-port=0 --max-worker-port=0
             --object-store-memory={object_store_mb * 2**20}"""
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options.split()]

@@ -10,11 +10,9 @@ import numpy as np
 from mlflow import MlflowClient
 
 from raybrats.errors import CheckpointError, UsageError
-from raybrats.model.inference import segment
-from raybrats.model.network import trained_network
 from raybrats.registry.server import tracking_errors
 from raybrats.registry.tracking import default_server
-from raybrats.train import checkpoint, manifest
+from raybrats.train import manifest
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,11 @@ def load_checkpoint(uri: str) -> Model:
         >>> model = load_checkpoint("runs/one/checkpoints/step-00000150")  # doctest: +SKIP
         >>> labels = model.predict(np.stack([flair, t1, t1ce, t2]))  # doctest: +SKIP
     """
+    # torch and MONAI take seconds, which a look-up of versions need not wait for
+    from raybrats.model.inference import segment
+    from raybrats.model.network import trained_network
+    from raybrats.train import checkpoint
+
     found = checkpoint.read_network(uri)
     config = found.config
     network = trained_network(config, found.weights)

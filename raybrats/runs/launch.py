@@ -24,6 +24,12 @@ from raybrats.train import checkpoint
 
 CONTROLLER_FAILURES = 3
 """Starts of a worker group that may fail until the run gives up; Ray's default is for ever."""
+LEAVE_EARLY_S = 3.0
+"""Seconds before a node is taken away that its run starts again without it.
+
+Ray Train looks at its workers every 2 s. If it looks only after the node has gone, it takes what
+the other ranks die of for a failure, which counts.
+"""
 _COLLATERAL = re.compile(
     r"gloo|nccl|DistBackendError|closed by peer|reset by peer|ActorDied|ActorUnavailable", re.I
 )
@@ -179,7 +185,9 @@ def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> _Trainer:
             name=f"{config.run.name}-{attempt}",
             **storage.for_ray(storage.join(job.run_uri, "ray")),
             failure_config=FailureConfig(
-                max_failures=wanted.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+                max_failures=wanted.max_failures,
+                controller_failure_limit=CONTROLLER_FAILURES,
+                preemption_grace_s=-LEAVE_EARLY_S,
             ),
             # Ray takes those of its own kinds too, though it annotates users' ones only.
             callbacks=[*callbacks, *watching],  # ty: ignore[invalid-argument-type]

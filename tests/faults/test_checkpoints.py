@@ -314,7 +314,6 @@ def test_an_upload_that_is_cut_is_never_listed_and_goes_with_the_next_prune(
     flaky, bucket, learner, monkeypatch
 ):
     """F10."""
-    monkeypatch.setattr(filesystem, "DEADLINE_S", 2.0)
     run_uri = f"s3://{bucket}/run"
     saver, fired = Saver(run_uri), second_put(flaky, 0)
     for learner.step in (1, 2):
@@ -322,8 +321,10 @@ def test_an_upload_that_is_cut_is_never_listed_and_goes_with_the_next_prune(
         saver.wait()
     fired = second_put(flaky, 100)
     learner.step = 3
-    saver.save(learner, {})
-    saver.wait()
+    with monkeypatch.context() as impatient:  # for this one only: a busy machine is slow to save
+        impatient.setattr(filesystem, "DEADLINE_S", 5.0)
+        saver.save(learner, {})
+        saver.wait()
     assert fired() >= 2, "it was tried again"
     assert saver.saved == 2
     assert [w.step for w in checkpoint.written(run_uri)] == [1, 2]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from faulty import saved, until
+from faulty import SOAK, saved, until
 from mlflow import MlflowClient
 from services import processes
 
@@ -20,6 +20,8 @@ from raybrats.runs.sweep import search
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow, pytest.mark.slow]
 STEPS, SAVE_EVERY = 160, 8
+TRIAL = "ray::ImplicitFunc"
+"""Title of the process of a trial."""
 SPACE = ["loss.dice_weight=uniform(0.2,0.8)"]
 
 
@@ -48,12 +50,13 @@ def trials(config):
 def kill_a_trial(config, session, happened):
     """SIGKILL to the process of a trial, which is not that of its workers, with a checkpoint."""
     (run_uri, *_) = until(lambda: [uri for uri in trials(config) if saved(uri)])
-    (victim, *_) = processes(session, "ray::ImplicitFunc")
+    (victim, *_) = processes(session, TRIAL)
     before = (record.read(run_uri).mlflow_run_id, saved(run_uri))
     os.kill(victim, signal.SIGKILL)
     happened.append((run_uri, *before))
 
 
+@pytest.mark.skipif(not SOAK, reason="the way that ends well: make soak")
 def test_a_trial_that_is_killed_resumes_in_its_own_mlflow_run(base, ray_cluster):
     config, happened = override_all(base, {"run.name": "kill"}), []
     arguments = (config, ray_cluster.session, happened)
@@ -80,33 +83,53 @@ def test_a_trial_that_is_killed_resumes_in_its_own_mlflow_run(base, ray_cluster)
     until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 90)
 
 
-def test_a_sweep_that_is_stopped_leaves_a_checkpoint_of_each_trial(base, ray_cluster):
-    """SIGTERM to the driver, which is another process; what it started is gone after it."""
-    config = override_all(base, {"run.name": "stop"})
+def started(config, ray_cluster):
+    """The sweep as another process: two trials that would go on for long."""
     words = [
         *("tune", "tiny", "--trials", "2", "--space", *SPACE, "--run.name", "stop"),
         *("--run.storage_uri", config.run.storage_uri, "--data.cohort", config.data.cohort),
         *("--data.patch_size", "16", "16", "16", "--network.widths", "4", "8", "8"),
-        *("--cluster.workers", "1", "--optim.steps", "4000", "--run.save_every_steps", "100"),
-        *("--validation.every_steps", "4000", "--optim.global_batch", "2"),
+        *("--cluster.workers", "1", "--optim.steps", "20000", "--run.save_every_steps", "100"),
+        *("--validation.every_steps", "20000", "--optim.global_batch", "2"),
         *("--tracking.uri", config.tracking.uri, "--tracking.experiment", "sweeps"),
     ]
     environment = {**os.environ, **ray_cluster.of_workers, **ray_cluster.environment}
     command = [str(Path(sys.executable).with_name("raybrats")), *words]
-    driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    until(lambda: len([uri for uri in trials(config) if saved(uri)]) == 2 or driver.poll())
-    before = {uri: saved(uri) for uri in trials(config)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_sweep_outlives_a_killed_trial_and_is_stopped_with_checkpoints(base, ray_cluster):
+    """SIGKILL to a trial, then SIGTERM to the driver, which is another process."""
+    config = override_all(base, {"run.name": "stop"})
+    driver = started(config, ray_cluster)
+
+    def moved(since):
+        """The newest checkpoint of each of two trials, once it is another than it was."""
+        assert driver.poll() is None, driver.stderr.read()[-3000:]
+        found = {uri: max(saved(uri), default=0) for uri in trials(config)}
+        return found if sum(step > since.get(u, 0) for u, step in found.items()) == 2 else {}
+
+    begun = until(lambda: moved({}))
+    runs_before = {uri: record.read(uri).mlflow_run_id for uri in begun}
+    first = processes(ray_cluster.session, TRIAL)
+    os.kill(first[0], signal.SIGKILL)
+    until(lambda: set(processes(ray_cluster.session, TRIAL)) - set(first))
+    before = until(lambda: moved(begun))
     driver.send_signal(signal.SIGTERM)
     _, said = driver.communicate(timeout=120)
-    after = {uri: saved(uri) for uri in trials(config)}
-    print(f"before {before}, after {after}")
+    after = {uri: max(saved(uri)) for uri in trials(config)}
+    print(f"at first {begun}, after the kill {before}, after the end {after}")
     assert driver.returncode == 130, said[-3000:]
     assert "interrupted" in said
-    for uri, steps in after.items():
-        assert max(steps) > max(before[uri])
+    assert all(step > before[uri] for uri, step in after.items())
+    assert {uri: record.read(uri).mlflow_run_id for uri in after} == runs_before
     client = MlflowClient(config.tracking.uri)
-    runs = [client.get_run(record.read(uri).mlflow_run_id) for uri in after]
+    runs = [client.get_run(run_id) for run_id in runs_before.values()]
     assert {run.info.status for run in runs} == {"KILLED"}
     (parent,) = {run.data.tags["mlflow.parentRunId"] for run in runs}
     assert client.get_run(parent).info.status == "KILLED"
+    children = client.search_runs(
+        [runs[0].info.experiment_id], f"tags.mlflow.parentRunId = '{parent}'"
+    )
+    assert {run.info.run_id for run in children} == set(runs_before.values()), "no further run"
     until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 90)
