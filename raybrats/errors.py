@@ -3,6 +3,7 @@
 Every message says what happened, where, and what to do about it, in one line.
 """
 
+import re
 from typing import ClassVar
 
 
@@ -93,3 +94,13 @@ def cause_of(error: BaseException | None) -> RaybratsError | None:
             return error
         error = inner or error.__cause__
     return None
+
+
+def redacted(text: str) -> str:
+    """The text without the credentials in its URIs.
+
+    Example:
+        >>> redacted("no answer from http://me:secret@mlflow:5000")
+        'no answer from http://***@mlflow:5000'
+    """
+    return re.sub(r"(?<=://)[^/\s\"]+@", "***@", text)

@@ -1,6 +1,5 @@
 """An MLflow server: whether it answers, and what goes wrong with it in one line."""
 
-import re
 import threading
 from collections.abc import Generator
 from concurrent.futures import Future
@@ -13,7 +12,7 @@ import requests
 import sqlalchemy.exc
 from mlflow import MlflowClient
 
-from raybrats.errors import TrackingError
+from raybrats.errors import TrackingError, redacted
 
 _TRANSPORT_ERRORS = (
     mlflow.exceptions.MlflowException,
@@ -90,13 +89,3 @@ def one_line(error: Exception) -> str:
         'http://***@mlflow:5000 refused'
     """
     return redacted((str(error) or type(error).__name__).splitlines()[0])[:300]
-
-
-def redacted(text: str) -> str:
-    """The text without the credentials in its URIs.
-
-    Example:
-        >>> redacted("no answer from http://me:secret@mlflow:5000")
-        'no answer from http://***@mlflow:5000'
-    """
-    return re.sub(r"(?<=://)[^/\s\"]+@", "***@", text)
