@@ -8,11 +8,13 @@ Each verb parses its words before it imports what it calls, so that help and typ
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from difflib import get_close_matches
+from typing import TextIO
 
 import raybrats as rb
-from raybrats import terminal
+from raybrats import signals, terminal
 from raybrats.arguments import (
     Demo,
     Evaluate,
@@ -28,7 +30,7 @@ from raybrats.arguments import (
     parse_known,
 )
 from raybrats.brats import MODALITIES
-from raybrats.errors import DataError, RaybratsError, UsageError
+from raybrats.errors import DataError, UsageError, cause_of
 from raybrats.terminal import Answer
 
 REGION_COLUMNS = ("WT", "TC", "ET", "mean")
@@ -46,13 +48,13 @@ def demo(args: Sequence[str]) -> Answer:
     document = run_demo(o.out)
     scores, model = document["evaluate"]["mean"], document["train"]["model"]
     rows = [[name, *(_figure(v) for v in scores[name].values())] for name in REGION_COLUMNS]
-    title = (
-        f"registered:  models:/{model['name']}/{model['version']} is {model['alias']}\n"
-        f"predictions: {document['predictions']}\n"
-        f"report:      {document['report']}\n"
-        f"scores on {document['predict']['cases']} held-out cases:"
+    places = (
+        f"registered:  models:/{model['name']}/{model['version']} is {model['alias']}",
+        f"predictions: {document['predictions']}",
+        f"report:      {document['report']}",
     )
-    return Answer(document, title, ("region", *scores["mean"]), rows)
+    title = f"scores on {document['predict']['cases']} held-out cases:"
+    return Answer(document, title, ("region", *scores["mean"]), rows, places)
 
 
 def phantom(args: Sequence[str]) -> Answer:
@@ -214,28 +216,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["trian", "tiny"])  # doctest: +SKIP
         2
     """
+    terminal.secure()
     args = list(sys.argv[1:] if argv is None else argv)
     flags = {flag for flag in ("--json", "--debug") if flag in args}
     args = [arg for arg in args if arg not in flags]
-    asks = not {"-h", "--help"}.isdisjoint(args)
-    if not args or args[0] in ("-h", "--help"):
-        sys.stdout.write(_overview())
-        return 0 if args else 2
-    stdout = sys.stdout if asks else terminal.reserved_stdout()
     try:
-        with terminal.messages_shown():
-            answer = _verb(args[0])(args[1:])
-        terminal.show(answer, stdout, as_json="--json" in flags)
-        return DataError.exit_code if answer.document.get("failed") else 0
-    except RaybratsError as error:
-        if "--debug" in flags:
-            raise
-        sys.stderr.write(f"raybrats: {' '.join(str(error).split())}\n")
-        return error.exit_code
+        with signals.sigterm_interrupts(), terminal.reserved_stdout() as stdout:
+            return _answered(args, stdout, as_json="--json" in flags)
     except KeyboardInterrupt:
         words = "a run goes on by its --run.name, predictions by the same --out"
-        sys.stderr.write(f"raybrats: interrupted; {words}\n")
+        terminal.complain(f"interrupted; {words}")
         return 130
+    except Exception as error:
+        if "--debug" in flags:
+            raise
+        cause = cause_of(error)  # Ray may have wrapped it
+        terminal.complain(terminal.unexpected(error) if cause is None else str(cause))
+        return 1 if cause is None else cause.exit_code
+
+
+def _answered(args: Sequence[str], stdout: TextIO, *, as_json: bool) -> int:
+    """Runs the verb and writes its answer, or help; returns the exit code."""
+    if not args or args[0] in ("-h", "--help"):
+        stdout.write(_overview())
+        return 0 if args else 2
+    try:
+        with terminal.messages_shown(), _help_to(stdout, args):
+            answer = _verb(args[0])(args[1:])
+    except SystemExit as end:  # after help, or by a signal as Ray takes it
+        if end.code in (0, None):
+            return 0
+        raise KeyboardInterrupt from end
+    terminal.show(answer, stdout, as_json=as_json)
+    return DataError.exit_code if answer.document.get("failed") else 0
+
+
+def _help_to(stdout: TextIO, args: Sequence[str]) -> AbstractContextManager[object]:
+    """Help is written by the parser; it is an answer like any other."""
+    asks = not {"-h", "--help"}.isdisjoint(args)
+    return redirect_stdout(stdout) if asks else nullcontext()
 
 
 def _verb(name: str) -> Callable[[Sequence[str]], Answer]:

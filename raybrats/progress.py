@@ -3,6 +3,8 @@
 import sys
 import time
 
+from raybrats.table import shown
+
 LINE_EVERY_S = 10.0
 """Seconds between the lines of one display (in a log, a minute is six lines)."""
 
@@ -34,14 +36,17 @@ class Display:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeRemainingColumn as Remaining
 
-        self._title, self._total, self._last_s = title, total, 0.0
+        self._title, self._total, self._last_s = shown(title), total, -LINE_EVERY_S
+        self._first: tuple[int, float] | None = None
+        """How much was done when the display began, which a run that goes on had done before."""
         console = Console(stderr=True)
         self._bar = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            remark = TextColumn("{task.fields[remark]}")
-            self._bar = Progress(*columns, Remaining(), remark, console=console)
-            self._task = self._bar.add_task(title, total=total, remark="")
+            name = TextColumn("{task.description}", markup=False)
+            remark = TextColumn("{task.fields[remark]}", markup=False)
+            columns = (name, BarColumn(), MofNCompleteColumn(), Remaining(), remark)
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task(self._title, total=total, remark="")
 
     def __enter__(self) -> "Display":
         if self._bar:
@@ -54,11 +59,42 @@ class Display:
 
     def show(self, done: int, remark: str = "") -> None:
         """Shows how much is done; as lines, one every `LINE_EVERY_S` and the last one."""
+        now_s = time.monotonic()
+        self._first = self._first or (done, now_s)
         if self._bar:
-            self._bar.update(self._task, completed=done, remark=remark)
-        elif _lines_wanted and self._is_due(done):
-            self._last_s = time.monotonic()
-            print(f"{self._title}: {done}/{self._total} {remark}".rstrip(), file=sys.stderr)  # noqa: T201
+            self._bar.update(self._task, completed=done, remark=shown(remark))
+        elif _lines_wanted and self._is_due(done, now_s):
+            self._last_s = now_s
+            words = (f"{self._title}: {done}/{self._total}", shown(remark), self._left(done, now_s))
+            _write(" ".join(filter(None, words)))
 
-    def _is_due(self, done: int) -> bool:
-        return done >= self._total or time.monotonic() - self._last_s > LINE_EVERY_S
+    def say(self, words: str) -> None:
+        """Shows something that stays: a line of its own, whenever the last one was."""
+        if self._bar:
+            from rich.text import Text
+
+            self._bar.console.print(Text(f"{self._title}: {shown(words)}"))
+        elif _lines_wanted:
+            _write(f"{self._title}: {shown(words)}")
+
+    def _is_due(self, done: int, now_s: float) -> bool:
+        return done >= self._total or now_s - self._last_s > LINE_EVERY_S
+
+    def _left(self, done: int, now_s: float) -> str:
+        """How long the rest takes at the pace so far, in words; empty where there is none."""
+        first_done, first_s = self._first or (done, now_s)
+        if not first_done < done < self._total:
+            return ""
+        left_s = (now_s - first_s) / (done - first_done) * (self._total - done)
+        return f"({_duration(left_s)} left)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _write(line: str) -> None:
+    print(line, file=sys.stderr)  # noqa: T201

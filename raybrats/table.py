@@ -1,4 +1,4 @@
-"""Rows -> a short table in plain text, as results print themselves."""
+"""Rows -> a short table in plain text, as results print themselves; text made fit to be shown."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         WT      0.912      7
         mean    0.800     12
     """
-    texts = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in r] for r in rows]
+    columns = [shown(name) for name in columns]
+    texts = [[f"{c:.3f}" if isinstance(c, float) else shown(str(c)) for c in row] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(columns, *texts, strict=True)]
     numeric = [all(isinstance(row[n], int | float) for row in rows) for n in range(len(columns))]
     lines = []
@@ -23,3 +24,18 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         line = "  ".join(t.rjust(w) if right else t.ljust(w) for t, w, right in aligned)
         lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def shown(text: str) -> str:
+    r"""The text in one line that a terminal obeys in nothing: what is not printable is escaped.
+
+    Names of files and what they hold come from others. A terminal would take ESC or U+009B for a
+    command, a newline for a line of ours, and a mark of direction would turn what follows around.
+
+    Example:
+        >>> print(shown("case\x1b[31m\u202e\n7"))
+        case\x1b[31m\u202e\n7
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
