@@ -4,7 +4,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -16,7 +16,8 @@ from raybrats.recipes import RECIPES, recipe
 
 T = TypeVar("T")
 Positional = tyro.conf.Positional
-_HELP = frozenset(("-h", "--help"))
+HELP = frozenset(("-h", "--help"))
+"""Words that ask for help."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Index:
     uri: Positional[str]
     out: str = "cohort.parquet"
     """Local path or URI of the cohort file."""
+    edition: str | None = None
+    """Whose labels the cases have: 2020, 2021, 2023 or msd; else told by how their ids begin."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,12 @@ class Segment:
 
     model: Positional[str]
     """models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint, or a run (its best checkpoint)."""
-    flair: str = ""
+    flair: str | None = None
     """FLAIR volume, .nii or .nii.gz: a local path or an s3:// URI, as the others."""
-    t1: str = ""
-    t1ce: str = ""
+    t1: str | None = None
+    t1ce: str | None = None
     """T1 volume with contrast medium."""
-    t2: str = ""
+    t2: str | None = None
     out: str = "segmentation.nii.gz"
     """Label file, .nii or .nii.gz, in the grid of the first volume: 1 NCR, 2 ED, 3 ET."""
     resample: bool = False
@@ -93,7 +96,7 @@ class Evaluate:
     """Folder or URI of label files named by case id, or a cohort."""
     references: Positional[str]
     edition: str | None = None
-    """Label convention of the files: 2020, 2021, 2023 or msd; else told from the data."""
+    """Whose labels the files have: 2020, 2021, 2023 or msd; else a cohort's, or told by the ids."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def config_of(verb: str, args: Sequence[str]) -> TrainConfig:
             raise UsageError(f"{prog}: the recipe {args[0]!r} or --config, not both")
         config = read_config(uri)
         return _parsed(lambda: tyro.cli(TrainConfig, default=config, prog=prog, args=args))
-    if not args or (args[0].startswith("-") and args[0] not in _HELP):
+    if not args or (args[0].startswith("-") and args[0] not in HELP):
         names = ", ".join(RECIPES)
         raise UsageError(f"{prog} RECIPE [--field value], or --config FILE; recipes: {names}")
     if not args[0].startswith("-"):
@@ -194,6 +197,25 @@ def read_config(uri: str) -> TrainConfig:
         raise UsageError(f"--config {uri}: not the configuration of a run ({error})") from None
 
 
+def show_tune_help(args: Sequence[str]) -> None:
+    """Writes the options of a search, the recipes, and the fields of the one that is named.
+
+    Example:
+        >>> show_tune_help(["tiny", "--help"])  # doctest: +SKIP
+    """
+    words = [word for word in args[:1] if not word.startswith("-")]
+    helps: list[Callable[[], object]] = [
+        lambda: parse(Tune, "tune RECIPE", ["--help"]),
+        lambda: config_of("tune", [*words, "--help"]),
+    ]
+    if not words:
+        prog = "raybrats tune RECIPE"
+        helps.append(lambda: tyro.cli(TrainConfig, prog=prog, args=["--help"]))
+    for write in helps:
+        with suppress(SystemExit):
+            write()
+
+
 def parse(kind: type[T], verb: str, args: Sequence[str]) -> T:
     """The options of a verb.
 
@@ -217,8 +239,6 @@ def parse_known(kind: type[T], verb: str, args: Sequence[str]) -> tuple[T, list[
         >>> parse_known(Tune, "tune", ["tiny", "--trials", "4"])
         (Tune(trials=4, space=[]), ['tiny'])
     """
-    if not _HELP.isdisjoint(args):
-        return parse(kind, verb, ["--help"]), []
     return _parsed(
         lambda: tyro.cli(kind, prog=f"raybrats {verb}", args=args, return_unknown_args=True)
     )

@@ -16,6 +16,7 @@ from typing import TextIO
 import raybrats as rb
 from raybrats import signals, terminal
 from raybrats.arguments import (
+    HELP,
     Demo,
     Evaluate,
     Index,
@@ -28,6 +29,7 @@ from raybrats.arguments import (
     config_of,
     parse,
     parse_known,
+    show_tune_help,
 )
 from raybrats.brats import MODALITIES
 from raybrats.errors import DataError, UsageError, cause_of
@@ -79,7 +81,7 @@ def index(args: Sequence[str]) -> Answer:
         369
     """
     o = parse(Index, "index", args)
-    document = rb.index(o.uri, o.out).summary
+    document = rb.index(o.uri, o.out, o.edition).summary
     counts = f"{document['ok']} of {document['cases']} cases ok"
     title = f"{counts}, {document['editions']}: {document['cohort_uri']}"
     rows = [(bad["case_id"], bad["reason"]) for bad in document["quarantined"]]
@@ -109,6 +111,9 @@ def tune(args: Sequence[str]) -> Answer:
         >>> tune(["tiny", "--data.cohort", "cohort.parquet", *words]).title  # doctest: +SKIP
         'best mean Dice 0.812'
     """
+    if not HELP.isdisjoint(args):
+        show_tune_help(args)
+        raise SystemExit(0)
     options, rest = parse_known(Tune, "tune", args)
     sweep = rb.tune(config_of("tune", rest), options.space, options.trials)
     rows = [
@@ -127,7 +132,8 @@ def segment(args: Sequence[str]) -> Answer:
         >>> segment(["models:/raybrats@champion", *files]).document["out"]  # doctest: +SKIP
     """
     o = parse(Segment, "segment", args)
-    files: dict[str, str] = {m: path for m in MODALITIES if (path := getattr(o, m))}
+    given = {modality: getattr(o, modality) for modality in MODALITIES}
+    files: dict[str, str] = {name: path for name, path in given.items() if path is not None}
     if not files:
         options = ", ".join(f"--{modality}" for modality in MODALITIES)
         raise UsageError(f"no files; give those that the model takes, of {options}")
@@ -237,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answered(args: Sequence[str], stdout: TextIO, *, as_json: bool) -> int:
     """Runs the verb and writes its answer, or help; returns the exit code."""
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in HELP:
         stdout.write(_overview())
         return 0 if args else 2
     try:
@@ -253,7 +259,7 @@ def _answered(args: Sequence[str], stdout: TextIO, *, as_json: bool) -> int:
 
 def _help_to(stdout: TextIO, args: Sequence[str]) -> AbstractContextManager[object]:
     """Help is written by the parser; it is an answer like any other."""
-    asks = not {"-h", "--help"}.isdisjoint(args)
+    asks = not HELP.isdisjoint(args)
     return redirect_stdout(stdout) if asks else nullcontext()
 
 

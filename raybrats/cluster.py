@@ -2,12 +2,15 @@
 
 import logging
 import os
+import re
+import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from raybrats.errors import ResourcesError, cause_of
+from raybrats.signals import handlers_kept
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,7 +27,17 @@ _QUIET = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     # Workers keep the driver's working directory, so relative paths mean the same there.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Ray's native code reports on stderr what is no error of the user's, as that an actor may not
+    # be able to restart; what is one comes as an exception.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
+
+_CONNECT_S, _ANSWER_S = 5.0, 10.0
+"""Seconds that the cluster has to accept a connection, and to answer the first words on it."""
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""How every gRPC connection begins (RFC 9113, 3.4), settings that say nothing included."""
+_SETTINGS = 4
+"""Kind of the frame with which every server of gRPC answers."""
 
 DATA_CPUS = 1.0
 """CPUs that a run leaves to Ray Data at least; without any, Ray waits in silence."""
@@ -38,7 +51,7 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
         verbose: pass the workers' own output on to this process.
 
     Raises:
-        ResourcesError: the cluster of RAY_ADDRESS does not answer.
+        ResourcesError: the cluster of RAY_ADDRESS does not answer, which is known within 30 s.
 
     Example:
         >>> connect()  # doctest: +SKIP
@@ -51,18 +64,18 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False  # progress.py shows it
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
+    address = _address()
     try:
-        ray.init(
-            address=address,
-            logging_level=logging.ERROR,
-            log_to_driver=verbose,
-            # may only be given for a cluster that is started here
-            include_dashboard=None if address else dashboard,
-        )
-    except (ConnectionError, RuntimeError) as error:
-        words = str(error).splitlines()[0]
-        raise ResourcesError(f"Ray cluster {address or 'on this machine'}: {words}") from error
+        with handlers_kept():
+            ray.init(
+                address=address or "local",
+                logging_level=logging.ERROR,
+                log_to_driver=verbose,
+                # may only be given for a cluster that is started here
+                include_dashboard=None if address else dashboard,
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _no_cluster(address or "on this machine", str(error)) from error
     _protect_token()
 
 
@@ -118,7 +131,8 @@ def each(
 ) -> Iterator[R]:
     """What a function makes of every item, as cluster tasks, in the order in which they end.
 
-    No more are in flight than keep the cluster busy, so memory does not grow with the items.
+    No more are in flight than keep the cluster busy, so memory does not grow with the items. The
+    cluster is joined with the first of them, so that whatever is wrong before costs no Ray.
 
     Args:
         function: is called in another process.
@@ -135,6 +149,7 @@ def each(
     """
     import ray.exceptions
 
+    connect()
     task = ray.remote(num_cpus=num_cpus, memory=memory, max_retries=2)(function)
     in_flight = max(2, int(2 * resources()["CPU"] / num_cpus))
     waiting, running = list(reversed(items)), []
@@ -148,6 +163,55 @@ def each(
             if (cause := cause_of(error)) is not None:
                 raise cause from error  # its own words, not the traceback around them
             raise
+
+
+def _address() -> str | None:
+    """Where the cluster is that this process joins, and answers; None: none, one is started here.
+
+    Ray itself waits for minutes for one that does not answer, in native code that heeds no signal.
+
+    Raises:
+        ResourcesError: it does not answer, or RAY_ADDRESS is no address.
+    """
+    from ray._private import services
+
+    wanted = os.environ.get("RAY_ADDRESS", "").strip()
+    if wanted == "local":
+        return None
+    try:  # as Ray looks for one; its files may name one that is gone
+        # Ray annotates a str, and says itself what None means.
+        found = services.get_ray_address_from_environment(wanted or None, None)  # ty: ignore[invalid-argument-type]
+    except ConnectionError as error:
+        raise _no_cluster(wanted, str(error)) from None
+    if found is None:
+        return None
+    match = re.fullmatch(r"(?:ray://)?(\[[\da-fA-F:.]+\]|[^\s:/@]+):(\d{1,5})/?", found)
+    if not match or not 0 < int(match[2]) < 2**16:
+        raise _no_cluster(found, "no address such as 10.0.0.1:6379; correct RAY_ADDRESS")
+    if reason := _silence(match[1].strip("[]"), int(match[2])):
+        raise _no_cluster(found, f"{reason}; start it, or correct or unset RAY_ADDRESS")
+    return found
+
+
+def _silence(host: str, port: int) -> str:
+    """Why nobody there speaks gRPC, as Ray does; empty if somebody does."""
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_S) as link:
+            if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+                return ""  # it would not understand, and answers Ray
+            link.settimeout(_ANSWER_S)
+            link.sendall(_GREETING)
+            frame = link.recv(9)
+    except TimeoutError:
+        return "no answer"
+    except (OSError, UnicodeError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return "" if frame[3:4] == bytes((_SETTINGS,)) else "what answers there is not Ray"
+
+
+def _no_cluster(where: str, reason: str) -> ResourcesError:
+    first, *_ = reason.splitlines() or ["no words"]
+    return ResourcesError(f"Ray cluster {where}: {first}")
 
 
 def _protect_token() -> None:

@@ -49,7 +49,7 @@ class Output(io.FileIO):
         return len(data)
 
 
-def opened(fd: int) -> tuple[TextIO, Output]:
+def _stream_to(fd: int) -> tuple[TextIO, Output]:
     """A text stream to a descriptor that is not closed with it, and what lies below."""
     raw = Output(fd, "w", closefd=False)
     # What a locale lacks letters for is shown escaped: a name may be any bytes.
@@ -81,7 +81,7 @@ def secure() -> None:
         if getattr(sys, name) is getattr(sys, f"__{name}__"):  # else somebody else's, as in tests
             if (before := getattr(sys, name)) is not None:
                 before.flush()
-            setattr(sys, name, opened(fd)[0])
+            setattr(sys, name, _stream_to(fd)[0])
     # Warnings are for those who write programs; as errors they would end libraries' imports.
     if any(rule[0] == "error" for rule in warnings.filters):
         warnings.simplefilter("ignore")
@@ -134,7 +134,7 @@ def reserved_stdout() -> Generator[TextIO]:
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)
-    stdout, raw = opened(own)
+    stdout, raw = _stream_to(own)
     try:
         yield stdout
         stdout.flush()

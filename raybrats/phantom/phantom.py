@@ -5,6 +5,7 @@ and a scanner looks.
 """
 
 import json
+import math
 from collections.abc import Iterator
 
 import deflate
@@ -28,6 +29,11 @@ from raybrats.phantom.anatomy import (
     make_frame,
 )
 
+MAX_VOXELS = 256**3
+"""Voxels of a phantom at most; they are drawn in some fifty fields of four bytes (measured)."""
+MAX_CASES = 100_000
+"""Cases of a tree: as many as five digits of an id tell apart."""
+
 CONTRASTS = {  # signal of each tissue, white matter in T1 being 1; after published BraTS figures
     "flair": (0.56, 0.70, 0.20, 0.35, 1.00, 0.92, 0.66),
     "t1": (1.00, 0.76, 0.38, 0.60, 0.68, 0.70, 0.50),
@@ -44,15 +50,15 @@ def make_phantom(
     Every fifth case, `index % 5 == 3`, is a low-grade glioma without enhancing tumour.
 
     Raises:
-        UsageError: the shape has an axis under 16 voxels.
+        UsageError: the shape has an axis under 16 voxels or too many in all, or the seed is
+            negative.
 
     Example:
         >>> image, labels = make_phantom(0, shape=(24, 24, 20))
         >>> image.shape, np.unique(labels).tolist()
         ((4, 24, 24, 20), [0, 1, 2, 3])
     """
-    if min(shape) < 16:
-        raise UsageError(f"a phantom needs at least 16 voxels on every axis, got shape {shape}")
+    _check_drawable(shape, seed)
     rng = np.random.default_rng([seed, index])
     frame = make_frame(rng, shape)
     tumour = _draw_tumour(rng, enhancing=index % 5 != 3)
@@ -75,7 +81,8 @@ def write_phantoms(
     """Writes cases below a folder, as the edition's archive unpacks there; returns the case ids.
 
     Raises:
-        UsageError: no such edition, no cases, or the shape has an axis under 16 voxels.
+        UsageError: no such edition, no folder, no cases or too many, or what `make_phantom`
+            refuses; nothing is written.
 
     Example:
         >>> write_phantoms("phantoms", num_cases=1, shape=(24, 24, 20), edition="2023")
@@ -85,6 +92,10 @@ def write_phantoms(
         raise UsageError(f"edition must be one of {', '.join(EDITIONS)}, got {edition!r}")
     if num_cases < 1:
         raise UsageError(f"num_cases must be at least 1, got {num_cases}")
+    if num_cases > MAX_CASES:
+        raise UsageError(f"num_cases must be at most {MAX_CASES}, got {num_cases}")
+    _check_drawable(shape, seed)
+    out_uri = storage.absolute(out_uri)
     first = 1 if edition in ("2020", "msd") else 0
     case_ids = [EDITIONS[edition].case_id.format(first + n) for n in range(num_cases)]
     values = np.array([0, *EDITIONS[edition].label_values], np.uint8)
@@ -96,6 +107,16 @@ def write_phantoms(
         uri = storage.join(out_uri, "Task01_BrainTumour", "dataset.json")
         storage.write_bytes(uri, _decathlon_index(case_ids))
     return case_ids
+
+
+def _check_drawable(shape: Shape, seed: int) -> None:
+    """Refuses what cannot be drawn, before anything is allocated."""
+    if min(shape) < 16:
+        raise UsageError(f"a phantom needs at least 16 voxels on every axis, got shape {shape}")
+    if math.prod(shape) > MAX_VOXELS:
+        raise UsageError(f"a phantom has at most {MAX_VOXELS} voxels, got shape {shape}")
+    if seed < 0:
+        raise UsageError(f"seed must be at least 0, got {seed}")
 
 
 def _draw_tumour(rng: np.random.Generator, *, enhancing: bool) -> Tumour:

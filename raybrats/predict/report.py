@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from raybrats import cluster, storage
+from raybrats import storage
 from raybrats.brats import MODALITIES
 from raybrats.data.cohort import index
 from raybrats.data.cohort.case import BAD, Case, open_case
@@ -43,14 +43,16 @@ def write_report(
 
     Raises:
         DataError: the folder holds no predictions of these cases.
+        UsageError: a URI is none.
 
     Example:
         >>> write_report("predictions", "cohort.parquet", "report.html")  # doctest: +SKIP
         '/home/me/report.html'
     """
-    cluster.connect()
-    tracking_uri = tracking_uri or tracking.default_uri()
     predictions, out_uri = storage.absolute(predictions), storage.absolute(out_uri)
+    cohort_uri = storage.absolute(cohort_uri)
+    storage.check_file(out_uri)
+    tracking_uri = tracking_uri or tracking.default_uri()
     model = _recorded_model(predictions)
     shown = Run(tracking_uri, run or load.run_id_of(model, tracking_uri))
     there = {storage.name(uri) for uri in storage.list_objects(predictions)}
@@ -58,7 +60,7 @@ def write_report(
     cases = [c for c in cases if c.status != BAD and file_name(c) in there]
     if not cases:
         raise DataError(f"{predictions}: no prediction of a case of {cohort_uri}")
-    if evaluation is None and any(case.label_uri for case in cases):
+    if evaluation is None and any(c.label_uri and c.label_values for c in cases):
         evaluation = evaluate(predictions, cohort_uri, skip_unlabelled=True)
     rows = evaluation.rows if evaluation else ()
     page = Report(
@@ -113,10 +115,10 @@ def _spread(cases: Sequence[Case], rows: Sequence[Mapping[str, object]]) -> list
 
 def _overlay(case: Case, predictions: str) -> Overlay:
     """Images, prediction and, where there are any, reference labels of a case."""
-    opened = open_case(case)
+    opened = open_case(case, labels=bool(case.label_values))
     name = file_name(case)
     volume = decode(storage.read_bytes(storage.join(predictions, name)), name)
-    ncr, ed, et = case.label_values
+    ncr, ed, et = case.written_values
     return Overlay(
         case_id=case.case_id,
         flair=opened.volumes[MODALITIES.index("flair")],

@@ -57,11 +57,18 @@ class Attempt:
         with board.followed(self.uri, self.config.optim.steps, wanted.stall_s, stalled) as shown:
 
             def leave() -> None:
-                board.save_all([shown], wanted.grace_s)
-                self.stop.now(KeyboardInterrupt())
+                try:
+                    board.save_all([shown], wanted.grace_s)
+                finally:
+                    self.stop.now(KeyboardInterrupt())
 
-            with self.stop.ends(partial(board.abort, shown)), on_sigterm(leave):
-                outcome = self._launched(self._job(shown), callbacks)
+            try:
+                with self.stop.ends(partial(board.abort, shown)), on_sigterm(leave):
+                    outcome = self._launched(self._job(shown), callbacks)
+            except Exception:
+                self.stop.check()  # it was we who ended it
+                raise
+            self.stop.check()  # too late for the workers, but nothing is registered any more
             outcome = replace(outcome, restarts=ray.get(shown.restarts.remote()))
         for remark in self._remarks(outcome):
             _LOG.warning(remark)
@@ -70,15 +77,10 @@ class Attempt:
 
     def _launched(self, job: Job, callbacks: Sequence[UserCallback]) -> Outcome:
         try:
-            outcome = launch.fit(job, callbacks)
+            return launch.fit(job, callbacks)
         except KeyboardInterrupt:
             board.abort(job.board)
             raise
-        except RaybratsError:
-            self.stop.check()  # it was we who ended it
-            raise
-        self.stop.check()  # too late for the workers, but nothing is registered any more
-        return outcome
 
     def _job(self, shown: ActorHandle) -> Job:
         train_cases, held_out = split(self.config, self.cases)
@@ -137,9 +139,7 @@ def opened(
     with lease.held(uri, stop.taken_over):
         known = record.earlier(config, uri)
         if cases is None:
-            cluster.connect()
-            launch.check_fits(config)
-            cases = _usable(config)
+            cases = fitting_cases(config)
         record.check_cohort(known, cases, uri)
         run = record.open_tracking(config, uri, known, cases, parent)
         attempt = Attempt(config, uri, tuple(cases), run, stop, num_at_once)
@@ -169,8 +169,30 @@ def run_uri(config: TrainConfig) -> str:
     return storage.join(storage.absolute(config.run.storage_uri), config.run.name)
 
 
-def _usable(config: TrainConfig) -> list[Case]:
-    found = index.load(config.data.cohort)
+def fitting_cases(config: TrainConfig, *, dashboard: bool = False) -> list[Case]:
+    """The usable cases of a run that fits the cluster, which is joined.
+
+    Args:
+        config: the run.
+        dashboard: as for `cluster.connect`.
+
+    Raises:
+        ResourcesError: the run does not fit.
+        DataError: too few cases are usable.
+
+    Example:
+        >>> fitting_cases(config)[0].case_id  # doctest: +SKIP
+        'BraTS20_Training_001'
+    """
+    uri = config.data.cohort
+    # Before Ray is started, for a name may be wrong; a tree is opened on the cluster.
+    is_tree = bool(uri) and not uri.endswith(".parquet")
+    found = [] if is_tree else index.load(uri)
+    if is_tree:
+        storage.require(uri)
+    cluster.connect(dashboard=dashboard)
+    launch.check_fits(config)
+    found = index.load(uri) if is_tree else found
     cases = usable(config, found)
     gauges.left_out(config.run.name, len(left_out(config, found)))
     return cases

@@ -61,10 +61,11 @@ class Stop:
 
 @contextmanager
 def on_sigterm(leave: Callable[[], None]) -> Generator[None]:
-    """Within it SIGTERM calls a function, once and from another thread; elsewhere it is left alone.
+    """Within it SIGTERM calls a function, once and from another thread, whose end is waited for.
 
-    Signals are the main thread's, so outside it nothing is changed. Entered after Ray has started,
-    which puts its own handler there.
+    So what comes after knows why the work has ended, even where the same signal has ended it: one
+    to a group of processes reaches its parts too. Signals are the main thread's, so outside it
+    nothing is changed. Entered after Ray has started, which puts its own handler there.
 
     Example:
         >>> with on_sigterm(lambda: print("asked to leave")):
@@ -84,3 +85,5 @@ def on_sigterm(leave: Callable[[], None]) -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if leaving.ident is not None:
+            leaving.join()

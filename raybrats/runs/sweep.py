@@ -17,16 +17,14 @@ from ray.tune.search.sample import Domain
 
 from raybrats import cluster, storage
 from raybrats.config import TrainConfig, override_all
-from raybrats.data.cohort import index
 from raybrats.data.cohort.case import Case
-from raybrats.data.cohort.usable import usable
 from raybrats.errors import CheckpointError, RaybratsError, TrackingError, UsageError, cause_of
 from raybrats.recipes import named
 from raybrats.registry import tracking
 from raybrats.registry.register import Version
 from raybrats.registry.tracking import Run
 from raybrats.runs import board, launch, lease, record
-from raybrats.runs.attempt import Attempt, opened, run_uri
+from raybrats.runs.attempt import Attempt, fitting_cases, opened, run_uri
 from raybrats.runs.run import best_scores, register_best
 from raybrats.runs.space import space_of
 from raybrats.runs.stop import Stop, on_sigterm
@@ -91,7 +89,7 @@ def search(
 
     Raises:
         RaybratsError: a kind for each cause; if every trial fails, the cause of the first.
-        KeyboardInterrupt: by SIGINT, or by SIGTERM after a last checkpoint of each trial.
+        KeyboardInterrupt: by SIGINT or SIGTERM, after a last checkpoint of each trial.
 
     Example:
         >>> from raybrats.recipes import tiny
@@ -110,10 +108,10 @@ def search(
         raise UsageError("tracking.required must be true in a sweep, which compares by MLflow")
     if num_trials < 1:
         raise UsageError(f"--trials must be >= 1, got {num_trials}")
-    cluster.connect(dashboard=True)
-    at_once, stop = _concurrency(config, num_trials), Stop()
+    stop = Stop()
     with lease.held(run_uri(config), stop.taken_over):
-        cases = tuple(usable(config, index.load(config.data.cohort)))
+        cases = tuple(fitting_cases(config, dashboard=True))
+        at_once = _concurrency(config, num_trials)
         parent = tracking.start(config, tags={"raybrats.kind": "sweep"})
         shared = Search(config, cases, parent, at_once)
         try:
@@ -131,7 +129,6 @@ def search(
 
 def _concurrency(config: TrainConfig, num_trials: int) -> int:
     """Trials that fit the cluster side by side; Tune itself does not count their workers."""
-    launch.check_fits(config)
     have, workers = cluster.resources(), config.cluster.workers
     spare = max(cluster.DATA_CPUS, config.data.cpus_per_task)
     fitting = have["CPU"] / (workers * config.cluster.cpus_per_worker + spare)
@@ -147,17 +144,23 @@ def _run(
     tuner = _tuner(shared, domains, num_trials, stop)
 
     def leave() -> None:
-        board.save_all(board.found(f"{run_uri(shared.config)}-"), shared.config.cluster.grace_s)
-        stop.now(KeyboardInterrupt())
+        try:
+            board.save_all(board.found(f"{run_uri(shared.config)}-"), shared.config.cluster.grace_s)
+        finally:
+            stop.now(KeyboardInterrupt())
 
     # In a thread Tune puts up no signal handlers of its own, after which it would go on to the end.
-    with ThreadPoolExecutor(max_workers=1) as pool, on_sigterm(leave):
-        fitting = pool.submit(tuner.fit)
-        try:
-            results = fitting.result()
-        except KeyboardInterrupt as error:
-            stop.now(error)
-            results = fitting.result()
+    try:
+        with ThreadPoolExecutor(max_workers=1) as pool, on_sigterm(leave):
+            fitting = pool.submit(tuner.fit)
+            try:
+                results = fitting.result()
+            except KeyboardInterrupt:  # SIGINT; a second one waits for no checkpoint
+                leave()
+                results = fitting.result()
+    except Exception:
+        stop.check()  # it was we who ended it
+        raise
     return tuple(_outcome(shared, results[n]) for n in range(len(results)))
 
 
