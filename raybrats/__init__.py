@@ -52,15 +52,18 @@ def recipe(name: str, changes: Mapping[str, object] | None = None) -> "TrainConf
     return recipe(name, changes)
 
 
-def index(tree: str, out: str = "") -> "Cohort":
+def index(tree: str, out: str | None = None, edition: str | None = None) -> "Cohort":
     """Every case of a tree, found, opened and verified on the cluster.
 
     Args:
         tree: local path or URI below which cases lie.
         out: cohort file (.parquet) that is written; none where not given.
+        edition: whose labels the cases have (2020, 2021, 2023, msd), where their ids do not begin
+            as those of an edition or where the labels were mapped.
 
     Raises:
-        DataError: there is no case.
+        DataError: there is no case, or none that is not bad.
+        UsageError: there is no such edition, or a URI is none.
         StorageError: the tree is out of reach.
 
     Example:
@@ -69,7 +72,7 @@ def index(tree: str, out: str = "") -> "Cohort":
     """
     from raybrats.data.cohort.cohort import index
 
-    return index(tree, out)
+    return index(tree, out, edition)
 
 
 def train(config: "TrainConfig") -> "Result":
@@ -166,10 +169,12 @@ def evaluate(predictions: str, references: str, edition: str | None = None) -> "
     Args:
         predictions: folder or URI of label files named by case id, or a cohort.
         references: the same.
-        edition: label convention of the files (2020, 2021, 2023, msd), else told from the data.
+        edition: label convention of the files (2020, 2021, 2023, msd); else that of a cohort, or
+            of the edition that their ids begin with.
 
     Raises:
-        DataError: no prediction has a reference, or a prediction has none.
+        DataError: no prediction has a reference, a prediction has none, or nothing tells what the
+            label values mean.
 
     Example:
         >>> print(evaluate("out", "cohort.parquet"))  # doctest: +SKIP

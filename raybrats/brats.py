@@ -4,6 +4,7 @@ Sources: the editions' own file trees and papers (Menze et al. 2015, Bakas et al
 al. 2021, Adewole et al. 2023) and, for `msd`, dataset.json of the Decathlon's Task01.
 """
 
+import re
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -55,3 +56,59 @@ EDITIONS = MappingProxyType(
         "msd": Edition("msd", ("", "", "", ""), "", (2, 1, 3), "BRATS_{:03d}"),
     }
 )
+
+UNKNOWN = "unknown"
+"""Edition of an id whose beginning says nothing."""
+
+_PREFIXES = (
+    (r"brats(17|18|19|20)_", "2020"),
+    (r"brats2021_", "2021"),
+    (r"brats-gli-\d+-0\d\d(?!\d)", "2023"),
+    (r"brats-gli-\d+-[1-9]\d\d(?!\d)", "post-operative GLI"),
+    (r"brats-(ssa|goat)-", "2023"),
+    (r"brats-ped-", "PED"),
+    (r"brats-met-", "MET"),
+    (r"brats-men-rt-", "MEN-RT"),
+    (r"brats-men-", "MEN"),
+)
+"""How the ids of an edition begin, in any case of letters. The third number of a GLI id is the time
+point: from 100 on it is after surgery (2024 and later), where label 4 is the resection cavity."""
+
+
+def edition_of(case_id: str) -> str:
+    """The edition that an id is of, by its beginning: one of `EDITIONS`, or one known by name only.
+
+    Example:
+        >>> [edition_of(name) for name in ("BraTS19_TCIA10_1", "BraTS-PED-00001-000", "patient7")]
+        ['2020', 'PED', 'unknown']
+    """
+    for prefix, edition in _PREFIXES:
+        if re.match(prefix, case_id, re.IGNORECASE | re.ASCII):
+            return edition
+    return UNKNOWN
+
+
+def label_values(edition: str) -> tuple[int, ...]:
+    """Values of NCR, ED and ET in an edition's label files; none where they are not known here.
+
+    Example:
+        >>> label_values("2021"), label_values("PED")
+        ((1, 2, 4), ())
+    """
+    return EDITIONS[edition].label_values if edition in EDITIONS else ()
+
+
+def why_no_labels(edition: str) -> str:
+    """Why the labels of an edition that is not in `EDITIONS` are not read, and what to do.
+
+    Example:
+        >>> why_no_labels("PED").partition(";")[0]
+        'the labels of BraTS PED are not supported yet'
+    """
+    if edition == UNKNOWN:
+        names = ", ".join(EDITIONS)
+        return f"its id does not begin as an edition's do; say by --edition whose labels ({names})"
+    return (
+        f"the labels of BraTS {edition} are not supported yet; map them to 1 NCR, 2 ED, 3 ET and "
+        "say --edition 2023, or leave it out"
+    )

@@ -51,6 +51,10 @@ class MissingObjectError(StorageError):
     """There is nothing at the URI."""
 
 
+class UnreadableError(StorageError):
+    """A path at which there is no file that this user may read: a FIFO, or one of another user."""
+
+
 class ChangedObjectError(StorageError):
     """Other bytes at the URI than were recorded."""
 

@@ -15,8 +15,8 @@ from typing import Any
 import fsspec
 from blake3 import blake3
 
-from raybrats.errors import ChangedObjectError, MissingObjectError, StorageError
-from raybrats.filesystem import absolute, is_remote, open_at, with_retries
+from raybrats.errors import ChangedObjectError, MissingObjectError, StorageError, UsageError
+from raybrats.filesystem import absolute, check_file, files_below, is_remote, open_at, with_retries
 
 WRITE_RACE_S = 1.0
 """Seconds until two who wrote one object at once both read the last write; a write takes less."""
@@ -29,10 +29,15 @@ _PART = 50 * 2**20
 def join(uri: str, *parts: str) -> str:
     """A URI below a URI.
 
+    Raises:
+        UsageError: the first one is empty, so that the rest would lie below the root.
+
     Example:
         >>> join("s3://bucket/runs/", "fold0", "config.json")
         's3://bucket/runs/fold0/config.json'
     """
+    if not uri:
+        raise UsageError("an empty path or URI; give the path of a folder")
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
@@ -67,6 +72,7 @@ def read_bytes(uri: str, *, size: int | None = None, digest: str | None = None) 
         >>> read_bytes("case/t1.nii", size=6)
         b'voxels'
     """
+    check_file(uri)
     # s3fs asks for the size before it reads, to see whether one request will do
     once = {"max_concurrency": 1} if size and size <= _PART and uri.startswith("s3://") else {}
     data = with_retries(
@@ -101,8 +107,11 @@ def verify(uri: str, *, size: int, digest: str) -> None:
 def write_bytes(uri: str, data: bytes) -> None:
     """Puts an object whole: readers see the old one or the new one, never a part.
 
+    A local link stays, and the file that it names is replaced; a device or a folder is refused.
+
     Raises:
         StorageError: it cannot be written, or is out of reach.
+        UsageError: the URI is empty, or neither a local path nor s3://.
 
     Example:
         >>> write_bytes("runs/fold0/config.json", b"{}")
@@ -143,31 +152,37 @@ def list_objects(uri: str) -> dict[str, int]:
     """Size in bytes of every object below a URI, by its own URI, in sorted order.
 
     Raises:
-        StorageError: it is out of reach, or a link to a folder is below it.
+        StorageError: it is out of reach, a folder may not be read, or a link to one is below it.
 
     Example:
         >>> write_bytes("tree/case/t1.nii", b"voxels")
         >>> [(name(uri), size) for uri, size in list_objects("tree").items()]
         [('t1.nii', 6)]
     """
+    if not is_remote(uri):
+        return dict(sorted(files_below(absolute(uri))))
     found = with_retries(uri, lambda fs, path, **limit: fs.find(path, detail=True, **limit))
-    for path, info in found.items():
-        if info.get("islink") and os.path.isdir(path):
-            raise StorageError(
-                f"{path}: a link to a folder is not followed; name the folder itself"
-            )
-    prefix = f"{uri.partition('://')[0]}://" if is_remote(uri) else ""
-    return {prefix + path: int(info["size"] or 0) for path, info in sorted(found.items())}
+    return {f"s3://{path}": int(info["size"] or 0) for path, info in sorted(found.items())}
 
 
 def exists(uri: str) -> bool:
     """Whether there is an object or a folder at the URI.
 
+    Raises:
+        StorageError: it is out of reach, or a folder above it may not be read.
+
     Example:
         >>> exists("nothing.parquet")
         False
     """
-    return bool(with_retries(uri, lambda fs, path, **limit: fs.exists(path, **limit)))
+
+    def look(fs: fsspec.AbstractFileSystem, path: str, **limit: float) -> bool:
+        # on disk, fsspec takes what it may not see for what is not there
+        return bool(fs.exists(path, **limit) if is_remote(uri) else os.stat(path))
+
+    with suppress(MissingObjectError):
+        return with_retries(uri, look)
+    return False
 
 
 def require(uri: str) -> None:
@@ -234,6 +249,7 @@ def for_ray(uri: str) -> dict[str, Any]:
 
 def _put_file(uri: str, data: bytes, put: Callable[[Path, Path], Any], verb: str) -> bool:
     """Writes a file beside its place, then puts it there; False: `put` found the place taken."""
+    check_file(uri)
     path = Path(absolute(uri))
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:

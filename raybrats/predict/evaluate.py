@@ -1,34 +1,34 @@
 """Predictions and references -> scores, one row a case and region."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from raybrats import cluster, storage
-from raybrats.brats import EDITIONS
+from raybrats.brats import edition_of, label_values, why_no_labels
 from raybrats.data.cohort import index, layout, rows
 from raybrats.data.nifti.labels import labels_from
-from raybrats.data.nifti.volume import Volume, canonical_spacing, decode, on_one_grid
-from raybrats.errors import DataError, UsageError
+from raybrats.data.nifti.volume import canonical_spacing, decode, on_one_grid
+from raybrats.errors import DataError
 from raybrats.progress import Display
 from raybrats.table import table
 
 SCORES = ("dice", "iou", "f1", "hd95_mm", "sensitivity", "specificity")
 """Names of the scores, in the order in which they are shown."""
 
-LabelValues = tuple[int, int, int]
-"""Values of NCR, ED and ET in a label file."""
+LabelValues = tuple[int, ...]
+"""Values of NCR, ED and ET in a label file; empty where they are not known."""
 
 
 @dataclass(frozen=True)
 class LabelFile:
-    """One label file, and its label values where they are known."""
+    """One label file, and its label values where a cohort or the caller knows them."""
 
     case_id: str
     uri: str
-    values: LabelValues | None
+    values: LabelValues = ()
 
 
 @dataclass(frozen=True)
@@ -71,25 +71,28 @@ def evaluate(
     Args:
         predictions: folder or URI of label files named by case id, or a cohort.
         references: the same.
-        edition: label convention of the files; inferred from their labels where not given (a
-            cohort knows its own).
-        skip_unlabelled: leave out predictions of cases that the references know without labels.
+        edition: label convention of the files; where not given that of the cohort or tree on
+            either side, else the one that their ids begin with.
+        skip_unlabelled: leave out predictions of cases that the references know without labels, or
+            with labels of an edition that is not supported.
 
     Raises:
-        DataError: no prediction has a reference, or a prediction has none.
-        UsageError: there is no such edition.
+        DataError: no prediction has a reference, a prediction has none, or nothing tells the label
+            values of a file.
+        UsageError: there is no such edition, or a URI is none.
 
     Example:
         >>> found = evaluate("predictions", "cohort.parquet", edition="2021")  # doctest: +SKIP
         >>> found.mean["WT"]["dice"]  # doctest: +SKIP
         0.8912
     """
-    if edition is not None and edition not in EDITIONS:
-        raise UsageError(f"--edition {edition!r}: there are {', '.join(EDITIONS)}")
-    cluster.connect()
-    values = EDITIONS[edition].label_values if edition else None
+    index.check_edition(edition)
+    predictions, references = storage.absolute(predictions), storage.absolute(references)
+    values = label_values(edition) if edition else ()
     predicted = _label_files(predictions, values, kind="predictions")
     labelled = _label_files(references, values, kind="references")
+    if skip_unlabelled:
+        labelled = {i: f if f and _own_values(f) else None for i, f in labelled.items()}
     alone = [
         case_id
         for case_id in sorted(predicted)
@@ -98,7 +101,7 @@ def evaluate(
     if alone:
         raise DataError(f"no reference for {', '.join(alone[:5])} in {references}")
     both = [(predicted[case_id], labelled[case_id]) for case_id in sorted(predicted)]
-    pairs = [(prediction, reference) for prediction, reference in both if prediction and reference]
+    pairs = [with_values((ours, theirs)) for ours, theirs in both if ours and theirs]
     if not pairs:
         raise DataError(f"{references}: no labels for the cases of {predictions}")
     scored: dict[str, list[dict[str, Any]]] = {}
@@ -117,7 +120,7 @@ def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:
     """Rows of one case, a region each, from its prediction and its reference.
 
     Raises:
-        DataError: a file is damaged, or the two differ in grid.
+        DataError: a file is damaged, the two differ in grid, or nothing tells their label values.
 
     Example:
         >>> from raybrats.phantom.phantom import write_phantoms
@@ -129,15 +132,35 @@ def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:
     """
     from raybrats.model.metrics import score_case  # MONAI: not for the driver
 
+    pair = with_values(pair)
     names = [storage.name(file.uri) for file in pair]
     decoded = [decode(storage.read_bytes(f.uri), n) for f, n in zip(pair, names, strict=True)]
     volumes = on_one_grid(pair[0].case_id, names, decoded)
     prediction, reference = (
-        labels_from(volume, file.values or _infer_values(volume, other.values, name), name)
-        for volume, file, other, name in zip(volumes, pair, reversed(pair), names, strict=True)
+        labels_from(volume, (file.values[0], file.values[1], file.values[2]), name)
+        for volume, file, name in zip(volumes, pair, names, strict=True)
     )
     scores = score_case(prediction, reference, canonical_spacing(volumes[0].grid))
     return [{"case_id": pair[0].case_id, **asdict(score)} for score in scores]
+
+
+def with_values(pair: tuple[LabelFile, LabelFile]) -> tuple[LabelFile, LabelFile]:
+    """The pair with the label values of both: its own, its partner's, or those of its id's edition.
+
+    Raises:
+        DataError: nothing tells them.
+
+    Example:
+        >>> ours, theirs = LabelFile("a", "out/a.nii"), LabelFile("a", "/ref/a.nii", (1, 2, 4))
+        >>> [file.values for file in with_values((ours, theirs))]
+        [(1, 2, 4), (1, 2, 4)]
+    """
+    ours, theirs = pair
+    known = [a.values or b.values or _own_values(a) for a, b in ((ours, theirs), (theirs, ours))]
+    for file, values in zip(pair, known, strict=True):
+        if not values:
+            raise DataError(f"{file.uri}: {why_no_labels(edition_of(file.case_id))}")
+    return replace(ours, values=known[0]), replace(theirs, values=known[1])
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -157,7 +180,7 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return {**found, "mean": {s: float(np.mean([found[r][s] for r in regions])) for s in SCORES}}
 
 
-def _label_files(uri: str, values: LabelValues | None, kind: str) -> Mapping[str, LabelFile | None]:
+def _label_files(uri: str, values: LabelValues, kind: str) -> Mapping[str, LabelFile | None]:
     """Label files by case id, from a cohort file, a tree of cases, or a folder of label files.
 
     A case that a cohort knows, but has no labels for, stands there with None.
@@ -165,7 +188,6 @@ def _label_files(uri: str, values: LabelValues | None, kind: str) -> Mapping[str
     Raises:
         DataError: there is no label file.
     """
-    uri = storage.absolute(uri)
     if uri.endswith(".parquet"):
         cases = rows.read_cohort(uri)
     else:
@@ -177,14 +199,14 @@ def _label_files(uri: str, values: LabelValues | None, kind: str) -> Mapping[str
     for case in cases:
         found[case.case_id] = None
         if case.label_uri:
-            ncr, ed, et = values or case.label_values
-            found[case.case_id] = LabelFile(case.case_id, case.label_uri, (ncr, ed, et))
+            values_of_case = values or case.label_values
+            found[case.case_id] = LabelFile(case.case_id, case.label_uri, values_of_case)
     if not any(found.values()):
         raise DataError(f"{uri}: no label file")
     return found
 
 
-def _plain_files(uri: str, values: LabelValues | None, kind: str) -> dict[str, LabelFile]:
+def _plain_files(uri: str, values: LabelValues, kind: str) -> dict[str, LabelFile]:
     """Label files of a folder that holds nothing else; both kinds may lie side by side."""
     storage.require(uri)
     files = [u for u in storage.list_objects(uri) if layout.is_volume(u)]
@@ -198,15 +220,5 @@ def _plain_files(uri: str, values: LabelValues | None, kind: str) -> dict[str, L
     return {i: LabelFile(i, u, values) for i, u in zip(ids, labels, strict=True)}
 
 
-def _infer_values(volume: Volume, partner: LabelValues | None, name: str) -> LabelValues:
-    """Label values of a file's partner where they fit; else ET is 4 where a 4 occurs, else 3.
-
-    Raises:
-        DataError: both a 3 and a 4 occur.
-    """
-    found = set(np.unique(np.rint(volume.values)).astype(int).tolist())
-    if partner is not None and found <= {0, *partner}:
-        return partner
-    if {3, 4} <= found:
-        raise DataError(f"{name}: labels 3 and 4 both occur; say which by --edition")
-    return (1, 2, 4) if 4 in found else (1, 2, 3)
+def _own_values(file: LabelFile) -> LabelValues:
+    return file.values or label_values(edition_of(file.case_id))

@@ -85,7 +85,7 @@ def predict(
 
     Raises:
         TrackingError: there is no such model.
-        UsageError: the folder holds predictions of another model.
+        UsageError: the folder holds predictions of another model, or a URI is none.
         DataError: there is no case.
 
     Example:
@@ -93,13 +93,12 @@ def predict(
         model               cases  written  skipped  failed
         models:/raybrats/3     12       12        0       0
     """
-    cluster.connect()
+    cohort_uri, out_uri = storage.absolute(cohort_uri), storage.absolute(out_uri)
     tracking_uri = tracking_uri or tracking.default_uri()
     model = load.resolve(model_uri, tracking_uri)
     cases = [c for c in index.load(cohort_uri, verify=False) if fold in (None, c.fold)]
     if not cases:
         raise DataError(f"{cohort_uri}: no case in fold {fold}")
-    out_uri = storage.absolute(out_uri)
     _record_model(out_uri, model)
     there = {storage.name(uri) for uri in storage.list_objects(out_uri)}
     bad = [{"case_id": c.case_id, "reason": c.reason} for c in cases if c.status == BAD]
@@ -142,6 +141,7 @@ def _segment_all(
     cases: Sequence[Case], model: str, tracking_uri: str, out_uri: str
 ) -> list[dict[str, str]]:
     """Segments the cases in a pool of workers that keep the model; returns those that failed."""
+    cluster.connect()
     total = cluster.resources()
     gpu = total["GPU"] > 0
     size = min(len(cases), max(1, int(total["GPU"] if gpu else total["CPU"] // 2)))
@@ -176,7 +176,7 @@ def segment_case(case: Case, model: load.Model, out_uri: str) -> None:
         >>> segment_case(index.find_cases("BraTS2021")[0], model, "out")  # doctest: +SKIP
     """
     raw = open_case_for(model, case)
-    values = np.array([0, *case.label_values], np.uint8)
+    values = np.array([0, *case.written_values], np.uint8)
     uri = storage.join(out_uri, file_name(case))
     storage.write_bytes(uri, encode_labels(values[model.predict(raw.image)], raw.grid))
 

@@ -35,7 +35,7 @@ def save(path, array, spacing=(1.0, 1.0, 1.0)):
     return str(path)
 
 
-def file(path, array, values=None, **where):
+def file(path, array, values=(1, 2, 3), **where):
     return LabelFile("one", save(path, array, **where), values)
 
 
@@ -51,19 +51,44 @@ def test_a_pair_is_scored_in_millimetres(tmp_path):
 
 @pytest.mark.parametrize("ours", [(1, 2, 3), (1, 2, 4)])
 @pytest.mark.parametrize("theirs", [(1, 2, 3), (1, 2, 4)])
-def test_enhancing_tumour_is_told_from_each_file(tmp_path, ours, theirs):
+def test_each_file_has_the_values_that_it_is_told_to_have(tmp_path, ours, theirs):
     pair = (
-        file(tmp_path / "p.nii.gz", labels(0, ours)),
-        file(tmp_path / "r.nii.gz", labels(1, theirs)),
+        file(tmp_path / "p.nii.gz", labels(0, ours), ours),
+        file(tmp_path / "r.nii.gz", labels(1, theirs), theirs),
     )
     assert score_pair(pair) == rows(score_case(labels(0), labels(1), (1.0, 1.0, 1.0)))
 
 
-def test_a_file_with_both_values_needs_to_be_told(tmp_path):
-    mixed = labels()
-    mixed[0, 0, 0] = 4
-    with pytest.raises(DataError, match="--edition"):
-        score_pair((file(tmp_path / "p.nii.gz", mixed), file(tmp_path / "r.nii.gz", labels())))
+@pytest.mark.parametrize(
+    ("case_id", "values"),
+    [("BraTS20_Training_001", (1, 2, 4)), ("brats-gli-00001-000", (1, 2, 3)), ("one", None)],
+)
+def test_the_values_of_plain_files_come_from_their_ids_alone(tmp_path, case_id, values):
+    written = values or (1, 2, 3)
+    pair = tuple(
+        LabelFile(case_id, save(tmp_path / f"{n}.nii.gz", labels(n, written))) for n in range(2)
+    )
+    if values is None:
+        with pytest.raises(DataError, match=r"0\.nii\.gz: .*--edition"):
+            score_pair(pair)
+        return
+    assert score_pair(pair) == rows(score_case(labels(0), labels(1), (1.0, 1.0, 1.0)), case_id)
+
+
+@pytest.mark.parametrize(
+    ("case_id", "edition"),
+    [
+        ("BraTS-PED-00001-000", "PED"),
+        ("BraTS-MET-00001-000", "MET"),
+        ("BraTS-MEN-00001-000", "MEN"),
+        ("BraTS-MEN-RT-0001-1", "MEN-RT"),
+        ("BraTS-GLI-00001-100", "post-operative GLI"),
+    ],
+)
+def test_labels_of_an_edition_that_is_not_supported_are_refused_by_name(tmp_path, case_id, edition):
+    one = LabelFile(case_id, save(tmp_path / "p.nii.gz", labels()))
+    with pytest.raises(DataError, match=f"BraTS {edition} .*--edition 2023"):
+        score_pair((one, one))
 
 
 def test_a_value_that_the_edition_lacks_is_named(tmp_path):
@@ -82,7 +107,7 @@ def test_a_prediction_in_another_orientation_is_the_same_prediction(tmp_path):
     )
     nib.save(turned, tmp_path / "turned.nii.gz")
     pair = (
-        LabelFile("one", str(tmp_path / "turned.nii.gz"), None),
+        LabelFile("one", str(tmp_path / "turned.nii.gz"), (1, 2, 3)),
         file(tmp_path / "r.nii.gz", plain),
     )
     assert all(row["dice"] == 1 and row["hd95_mm"] == 0 for row in score_pair(pair))
@@ -117,14 +142,14 @@ def folders(tmp_path, ray_cluster):
     """Predictions and references of cases 0 and 1."""
     assert ray_cluster.address
     for n in range(2):
-        save(tmp_path / "predictions" / f"case-{n}.nii.gz", labels(n))
-        save(tmp_path / "references" / f"case-{n}.nii.gz", labels(n + 2))
+        save(tmp_path / "predictions" / f"BraTS-GLI-0000{n}-000.nii.gz", labels(n))
+        save(tmp_path / "references" / f"BraTS-GLI-0000{n}-000.nii.gz", labels(n + 2))
     return tmp_path / "predictions", tmp_path / "references"
 
 
 def expected(*seeds):
     one_mm = (1.0, 1.0, 1.0)
-    cases = {f"case-{n}": score_case(labels(n), labels(n + 2), one_mm) for n in seeds}
+    cases = {f"BraTS-GLI-0000{n}-000": score_case(labels(n), labels(n + 2), one_mm) for n in seeds}
     return tuple(row for case_id, scores in cases.items() for row in rows(scores, case_id))
 
 
@@ -141,8 +166,8 @@ def test_every_case_is_scored_by_its_id(folders):
 @pytest.mark.parametrize("ours", [".nii.gz", "_prediction.nii.gz", "_pred.nii.gz"])
 def test_files_are_known_by_the_case_id_in_their_name(tmp_path, ray_cluster, ours, ending):
     assert ray_cluster.address
-    save(tmp_path / "predictions" / f"case-0{ours}", labels(0))
-    save(tmp_path / "references" / f"case-0{ending}", labels(2))
+    save(tmp_path / "predictions" / f"BraTS-GLI-00000-000{ours}", labels(0))
+    save(tmp_path / "references" / f"BraTS-GLI-00000-000{ending}", labels(2))
     found = evaluate(str(tmp_path / "predictions"), str(tmp_path / "references"))
     assert found.rows == expected(0)
 
@@ -159,24 +184,24 @@ def test_both_kinds_may_lie_in_one_folder(folders):
 @pytest.mark.ray
 def test_references_without_a_prediction_are_missing(folders):
     predictions, references = folders
-    (predictions / "case-0.nii.gz").unlink()
+    (predictions / "BraTS-GLI-00000-000.nii.gz").unlink()
     found = evaluate(str(predictions), str(references))
-    assert found.missing == ("case-0",)
+    assert found.missing == ("BraTS-GLI-00000-000",)
     assert found.rows == expected(1)
 
 
 @pytest.mark.ray
 def test_a_prediction_without_a_reference_is_refused(folders):
     predictions, references = folders
-    (references / "case-1.nii.gz").unlink()
-    with pytest.raises(DataError, match="no reference for case-1"):
+    (references / "BraTS-GLI-00001-000.nii.gz").unlink()
+    with pytest.raises(DataError, match="no reference for BraTS-GLI-00001-000"):
         evaluate(str(predictions), str(references))
 
 
 @pytest.mark.ray
 def test_an_edition_says_what_the_values_mean(folders):
     predictions, references = folders
-    with pytest.raises(DataError, match=r"case-\d.*unknown label 3.*1, 2, 4"):
+    with pytest.raises(DataError, match=r"BraTS-GLI-\d.*unknown label 3.*1, 2, 4"):
         evaluate(str(predictions), str(references), edition="2020")
     assert evaluate(str(predictions), str(references), edition="2023").rows == expected(0, 1)
     swapped = evaluate(str(predictions), str(references), edition="msd")
@@ -188,11 +213,12 @@ def test_an_edition_says_what_the_values_mean(folders):
 @pytest.mark.ray
 def test_a_failure_on_the_cluster_keeps_its_own_words(folders):
     predictions, references = folders
-    save(predictions / "case-1.nii.gz", labels(1)[:-2])
+    save(predictions / "BraTS-GLI-00001-000.nii.gz", labels(1)[:-2])
     with pytest.raises(DataError) as refusal:
         evaluate(str(predictions), str(references))
-    words = "case-1: case-1.nii.gz differs in shape from the others: (12, 10, 8) and (10, 10, 8)"
-    assert str(refusal.value) == words
+    one = "BraTS-GLI-00001-000"
+    how = "differs in shape from the others: (12, 10, 8) and (10, 10, 8)"
+    assert str(refusal.value) == f"{one}: {one}.nii.gz {how}"
 
 
 @pytest.mark.ray
@@ -248,7 +274,7 @@ def test_plain_predictions_follow_the_convention_of_their_references(tmp_path):
     write_phantoms(str(tmp_path / "tree"), num_cases=2, shape=(24, 24, 20), edition="msd")
     shutil.copytree(tmp_path / "tree/Task01_BrainTumour/labelsTr", tmp_path / "predictions")
     for case in find_cases(str(tmp_path / "tree")):
-        ours = LabelFile(case.case_id, f"{tmp_path}/predictions/{case.case_id}.nii.gz", None)
+        ours = LabelFile(case.case_id, f"{tmp_path}/predictions/{case.case_id}.nii.gz")
         theirs = LabelFile(case.case_id, case.label_uri, case.label_values)
         assert case.label_values == (2, 1, 3)
         assert [row["dice"] for row in score_pair((ours, theirs))] == [1.0, 1.0, 1.0]
@@ -260,7 +286,7 @@ def test_a_prediction_that_lies_elsewhere_is_refused(tmp_path):
     moved.affine[0, 3] += 5
     nib.save(nib.Nifti1Image(labels(), moved.affine), tmp_path / "p.nii.gz")
     with pytest.raises(DataError, match="lies elsewhere"):
-        score_pair((LabelFile("one", str(tmp_path / "p.nii.gz"), None), reference))
+        score_pair((LabelFile("one", str(tmp_path / "p.nii.gz")), reference))
 
 
 def test_a_file_without_an_orientation_takes_that_of_its_partner(tmp_path):
@@ -268,5 +294,5 @@ def test_a_file_without_an_orientation_takes_that_of_its_partner(tmp_path):
     bare = nib.Nifti1Image(labels(), None)
     bare.header["sform_code"] = bare.header["qform_code"] = 0
     nib.save(bare, tmp_path / "p.nii.gz")
-    rows_found = score_pair((LabelFile("one", str(tmp_path / "p.nii.gz"), None), reference))
+    rows_found = score_pair((LabelFile("one", str(tmp_path / "p.nii.gz")), reference))
     assert [row["dice"] for row in rows_found] == [1.0, 1.0, 1.0]

@@ -8,7 +8,7 @@ from typing import Any, overload
 import numpy as np
 
 from raybrats import storage
-from raybrats.brats import MODALITIES
+from raybrats.brats import EDITIONS, MODALITIES, why_no_labels
 from raybrats.config import DataConfig
 from raybrats.data.cohort import source
 from raybrats.data.cohort.source import Source
@@ -34,7 +34,7 @@ class Case:
     """One per modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
     label_uri: str | None
     label_values: tuple[int, ...]
-    """Values of NCR, ED and ET in the label file."""
+    """Values of NCR, ED and ET in the label file; empty where the edition's are not known."""
     sizes: tuple[int, ...] = ()
     """Bytes of the image files, 0 for a missing one, then of the label file."""
     digests: tuple[str, ...] = ()
@@ -60,6 +60,11 @@ class Case:
         if len(self.image_uris) != len(MODALITIES):
             return ()
         return tuple(m for m, uri in zip(MODALITIES, self.image_uris, strict=True) if not uri)
+
+    @property
+    def written_values(self) -> tuple[int, ...]:
+        """Values of NCR, ED and ET in its predictions: the label file's, else those of 2023."""
+        return self.label_values or EDITIONS["2023"].label_values
 
     @property
     def foreground(self) -> Box | None:
@@ -165,6 +170,8 @@ def prepare_case(case: Case, data: DataConfig) -> Prepared:
 
 def _open_files(case: Case, modalities: Sequence[str], *, labels: bool = True) -> Opened:
     """The files that are wanted and no others, on the grid of those that state an orientation."""
+    if labels and case.label_uri is not None and not case.label_values:
+        raise DataError(f"{case.case_id}: {why_no_labels(case.edition)}")
     sources = _sources(case, modalities, labels=labels)
     read = [found for found in sources if found is not None]
     names = [storage.name(found.uri) for found in read]

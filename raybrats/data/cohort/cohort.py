@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from raybrats import cluster, storage
+from raybrats import storage
 from raybrats.data.cohort import index as indexing
 from raybrats.data.cohort.case import Case
 from raybrats.table import table
@@ -36,17 +36,25 @@ class Cohort:
         return f"{counts}\n\n{table(('quarantined', 'reason'), bad)}" if bad else counts
 
 
-def index(tree: str, out_uri: str = "") -> Cohort:
+def index(tree: str, out_uri: str | None = None, edition: str | None = None) -> Cohort:
     """The verified cases of a tree, also written as a cohort file where one is asked for.
 
+    Args:
+        tree: local path or URI below which cases lie.
+        out_uri: cohort file that is written.
+        edition: whose labels the cases have; told by the beginning of each id where not given.
+
     Raises:
-        DataError: there is no case.
+        DataError: there is no case, or none that is not bad.
         StorageError: the tree is out of reach.
+        UsageError: there is no such edition, or a URI is none.
 
     Example:
         >>> index("s3://bucket/BraTS2021", "s3://bucket/cohort.parquet")  # doctest: +SKIP
         Cohort(uri='s3://bucket/cohort.parquet')
     """
-    cluster.connect()
-    out_uri = storage.absolute(out_uri) if out_uri else ""
-    return Cohort(tuple(indexing.index(tree, out_uri or None)), out_uri)
+    tree, out = storage.absolute(tree), None if out_uri is None else storage.absolute(out_uri)
+    indexing.check_edition(edition)
+    if out is not None:
+        storage.check_file(out)
+    return Cohort(tuple(indexing.index(tree, out, edition)), out or "")

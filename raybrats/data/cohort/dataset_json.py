@@ -38,15 +38,16 @@ def read(uri: str) -> tuple[tuple[int, ...], tuple[int, int, int]]:
         raise DataError(f"{uri}: neither a Decathlon nor an nnU-Net dataset.json")
     try:
         return _channel_order(uri, channels), _label_values(uri, dataset["labels"])
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{uri}: channels and labels are not numbered ({error})") from None
+    except (TypeError, ValueError):
+        raise DataError(f"{uri}: its channels and labels are not numbered") from None
 
 
 def _read_json(uri: str) -> dict:
     try:
         loaded = json.loads(storage.read_bytes(uri))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{uri}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:  # whose words may hold what the file holds
+        where = f" from line {error.lineno} on" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{uri}: not JSON{where}") from None
     if not isinstance(loaded, dict):
         raise DataError(f"{uri}: not a JSON object")
     return loaded
@@ -59,7 +60,7 @@ def _channel_order(uri: str, channels: dict[str, str]) -> tuple[int, ...]:
         for number, name in channels.items()
     }
     if not set(MODALITIES) <= set(numbers):
-        raise DataError(f"{uri}: channels {channels} do not name flair, t1, t1ce and t2")
+        raise DataError(f"{uri}: its channels do not name flair, t1, t1ce and t2")
     return tuple(numbers[m] for m in MODALITIES)
 
 
@@ -89,5 +90,5 @@ def _label_values(uri: str, labels: dict) -> tuple[int, int, int]:
         if et < tc < wt:
             values = {"NCR": (tc - et).pop(), "ED": (wt - tc).pop(), "ET": et.pop()}
     if len(set(values.values())) != 3 or not all(0 < value < 256 for value in values.values()):
-        raise DataError(f"{uri}: labels {labels} do not name necrosis, oedema and enhancing tumour")
+        raise DataError(f"{uri}: its labels do not name necrosis, oedema and enhancing tumour")
     return values["NCR"], values["ED"], values["ET"]

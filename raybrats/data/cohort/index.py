@@ -1,6 +1,7 @@
 """A tree verified on the cluster: every case read and opened once, as Ray tasks."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,31 +9,42 @@ from typing import Any
 import numpy as np
 
 from raybrats import cluster, storage
-from raybrats.brats import MODALITIES
+from raybrats.brats import EDITIONS, MODALITIES
 from raybrats.config import NUM_FOLDS
 from raybrats.data.cohort import layout, rows
 from raybrats.data.cohort.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, open_case
 from raybrats.data.cohort.usable import quarantined
 from raybrats.data.nifti.volume import canonical_spacing
 from raybrats.data.prepare import prepare
-from raybrats.errors import ChangedObjectError, DataError, MissingObjectError
+from raybrats.errors import (
+    ChangedObjectError,
+    DataError,
+    MissingObjectError,
+    UnreadableError,
+    UsageError,
+)
 from raybrats.progress import Display
 
 TASK_MEMORY = 600 * 2**20
 """Bytes that opening one case may take: 4 modalities of 240x240x155 inflated, and copies."""
 
 
-def index(uri: str, out_uri: str | None = None) -> list[Case]:
+def index(uri: str, out_uri: str | None = None, edition: str | None = None) -> list[Case]:
     """The verified cases of a tree, also written as a cohort file where one is asked for.
 
+    Args:
+        uri: local path or URI of the tree.
+        out_uri: cohort file that is written.
+        edition: whose labels the cases have; told by the beginning of each id where not given.
+
     Raises:
-        DataError: there is no case.
+        DataError: there is no case, or none that is not bad.
         StorageError: the tree is out of reach.
 
     Example:
         >>> cases = index("s3://bucket/BraTS2020", "s3://bucket/cohort.parquet")  # doctest: +SKIP
     """
-    found = find_cases(uri)
+    found = find_cases(uri, edition)
     verified = cluster.each(verify_case, found, num_cpus=1, memory=TASK_MEMORY)
     cases: list[Case] = []
     with Display("indexing", len(found)) as display:
@@ -40,6 +52,8 @@ def index(uri: str, out_uri: str | None = None) -> list[Case]:
             cases.append(case)
             display.show(len(cases), case.case_id)
     cases = mark_copies(sorted(cases, key=lambda case: case.case_id))
+    if all(case.status == BAD for case in cases):
+        raise DataError(f"{uri}: no case can be used ({_editions(cases)}): {_first_bad(cases)}")
     if out_uri is not None:
         rows.write_cohort(cases, out_uri)
     return cases
@@ -68,12 +82,24 @@ def mark_copies(cases: Sequence[Case]) -> list[Case]:
     return marked
 
 
+def _editions(cases: Sequence[Case]) -> str:
+    counts = Counter(case.edition for case in cases)
+    return ", ".join(f"{count} of edition {name}" for name, count in sorted(counts.items()))
+
+
+def _first_bad(cases: Sequence[Case]) -> str:
+    """The reason of the first case, and of the first of each other edition."""
+    first = {case.edition: case for case in reversed(cases)}
+    return "; ".join(f"{c.case_id} ({c.reason})" for c in cases if c is first[c.edition])
+
+
 def load(uri: str, *, verify: bool = True) -> list[Case]:
     """The cases of a cohort file, or of a tree, which is indexed first unless `verify` is off.
 
     Raises:
-        DataError: no URI, or no case there.
+        DataError: there is no case.
         StorageError: it is missing or out of reach.
+        UsageError: the URI is empty, or none.
 
     Example:
         >>> rows.write_cohort([], "cohort.parquet")
@@ -81,14 +107,21 @@ def load(uri: str, *, verify: bool = True) -> list[Case]:
         []
     """
     if not uri:
-        raise DataError("data.cohort is empty; give a cohort file or a tree of cases")
+        raise UsageError("data.cohort is empty; give a cohort file or a tree of cases")
     if uri.endswith(".parquet"):
         return rows.read_cohort(storage.absolute(uri))
     return index(uri) if verify else find_cases(uri)
 
 
-def find_cases(uri: str) -> list[Case]:
+def find_cases(uri: str, edition: str | None = None) -> list[Case]:
     """The cases below a URI as their names say, with their folds; not opened yet.
+
+    Where an edition is given, its label values are those of all cases but a dataset.json's.
+
+    Raises:
+        DataError: there is no case.
+        StorageError: the tree is out of reach.
+        UsageError: there is no such edition, or the URI is none.
 
     Example:
         >>> for end in ("flair", "t1", "t1ce", "t2", "seg"):
@@ -96,7 +129,21 @@ def find_cases(uri: str) -> list[Case]:
         >>> [(case.case_id, case.fold, case.status) for case in find_cases("tree")]
         [('BraTS2021_00000', 0, 'ok')]
     """
-    return with_folds([case_of(files) for files in layout.find_files(uri)])
+    check_edition(edition)
+    return with_folds([case_of(files) for files in layout.find_files(uri, edition)])
+
+
+def check_edition(edition: str | None) -> None:
+    """Refuses an edition whose labels are not known.
+
+    Raises:
+        UsageError: there is no such edition.
+
+    Example:
+        >>> check_edition("2023")
+    """
+    if edition is not None and edition not in EDITIONS:
+        raise UsageError(f"--edition {edition!r}: there are {', '.join(EDITIONS)}")
 
 
 def case_of(files: layout.Files) -> Case:
@@ -110,7 +157,7 @@ def case_of(files: layout.Files) -> Case:
         ('BraTS-GLI-00005', 'incomplete', 'no t1ce file')
     """
     parts = files.case_id.split("-")
-    repeated = len(parts) == 4 and parts[0].lower() == "brats" and parts[-1].isdigit()
+    repeated = len(parts) >= 4 and parts[0].lower() == "brats" and parts[-1].isdigit()
     case = Case(
         case_id=files.case_id,
         subject="-".join(parts[:-1]) if repeated else files.case_id,
@@ -164,7 +211,7 @@ def verify_case(case: Case) -> Case:
         inside = (prepared.image != prepared.scaling.background[:, None, None, None]).any(axis=0)
         if not inside.any():
             raise DataError(f"{case.case_id}: every voxel is background; is the volume empty?")
-    except (DataError, MissingObjectError, ChangedObjectError) as error:
+    except (DataError, MissingObjectError, ChangedObjectError, UnreadableError) as error:
         return replace(case, status=BAD, reason=str(error))
     counts: tuple[int, ...] = ()
     if opened.labels is not None:
@@ -204,13 +251,10 @@ def summary(cases: Sequence[Case]) -> dict[str, Any]:
         >>> summary([case])["ok"]
         1
     """
-    editions: dict[str, int] = {}
-    for case in cases:
-        editions[case.edition] = editions.get(case.edition, 0) + 1
     bad = quarantined(cases)
     return {
         "layouts": sorted({case.layout for case in cases}),
-        "editions": editions,
+        "editions": dict(Counter(case.edition for case in cases)),
         "cases": len(cases),
         "ok": len(cases) - len(bad),
         "quarantined": [{"case_id": c.case_id, "reason": c.reason} for c in bad],

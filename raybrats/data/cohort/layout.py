@@ -9,20 +9,23 @@ Nothing outside the tree becomes part of a case: paths that a dataset.json decla
 and a link out of the tree is a problem of its case.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from raybrats import storage
-from raybrats.brats import EDITIONS, MODALITIES
+from raybrats.brats import MODALITIES, edition_of, label_values
 from raybrats.data.cohort import dataset_json
 from raybrats.data.cohort.dataset_json import MODALITY_NAMES
+from raybrats.data.cohort.rows import CONTROL, MAX_ID_BYTES, is_name
 from raybrats.data.cohort.source import img_uri
 from raybrats.errors import DataError
 
 _VOLUME = re.compile(r"\.(nii|hdr)(\.gz)?$", re.IGNORECASE)
-_PART = re.compile(rf"^(.+)([_-])({'|'.join(MODALITY_NAMES)}|seg)$", re.IGNORECASE)
+_PART = re.compile(rf"^(.+)([_-])({'|'.join(MODALITY_NAMES)}|seg)$", re.IGNORECASE | re.DOTALL)
 _CHANNEL = re.compile(r"_\d{4}$")
 _CASE_355_LABELS = re.compile(r"segm?$", re.IGNORECASE)
 """BraTS20_Training_355's label file is named W39_1998.09.19_Segm.nii."""
@@ -38,14 +41,19 @@ class Files:
     image_uris: tuple[str, ...]
     """One per modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
     label_uri: str | None
-    label_values: tuple[int, int, int]
-    """Values of NCR, ED and ET in the label file."""
+    label_values: tuple[int, ...]
+    """Values of NCR, ED and ET in the label file; empty where the edition's are not known."""
     problem: str = ""
     """What the names alone show to be wrong, apart from missing modalities."""
 
 
-def find_files(uri: str) -> list[Files]:
+def find_files(uri: str, edition: str | None = None) -> list[Files]:
     """Every case below a URI, by case id.
+
+    Args:
+        uri: local path or URI of a tree.
+        edition: whose labels the cases have; told by the beginning of each id where not given. A
+            dataset.json names its own.
 
     Raises:
         DataError: there is none, or a dataset.json cannot be understood.
@@ -72,10 +80,11 @@ def find_files(uri: str) -> list[Files]:
             found += _dataset_cases(name, inside)
             claimed |= set(inside)
     volumes = [name for name in objects if _VOLUME.search(name) and name not in claimed]
-    found += _folder_cases(volumes)
+    found += _folder_cases(volumes, edition)
     if not found:
         raise DataError(f"{uri}: no BraTS case found in {len(objects)} files; see README, layouts")
-    found = [_confined(files, uri) for files in _unique(found)]
+    found = _unique([_nameable(files) for files in found])
+    found = [_confined(files, uri) for files in found]
     return sorted(found, key=lambda files: files.case_id)
 
 
@@ -138,6 +147,33 @@ def _links_out(name: str, root: str) -> bool:
     return linked and not path.resolve().is_relative_to(root)
 
 
+def _nameable(files: Files) -> Files:
+    """The case; one that no row can name stands there without its files, as a problem."""
+    uris = [uri for uri in (*files.image_uris, files.label_uri) if uri]
+    place = next(filter(CONTROL.search, uris), "")
+    if is_name(files.case_id) and not place:
+        return files
+    rule = f"a control character, a backslash, or more than {MAX_ID_BYTES} bytes"
+    problem = f"its id or path {place or files.case_id!a} is empty or has {rule}; rename it"
+    return replace(
+        files,
+        case_id=_as_name(files.case_id),
+        image_uris=("",) * len(files.image_uris),
+        label_uri=None,
+        problem=problem,
+    )
+
+
+def _as_name(case_id: str) -> str:
+    """An id that is a file name, for one that may be none."""
+    if is_name(case_id):
+        return case_id
+    quoted = quote(case_id, safe=" ", errors="surrogatepass")
+    if len(quoted) > MAX_ID_BYTES:
+        quoted = f"{quoted[:100]}-{hashlib.sha256(quoted.encode()).hexdigest()[:16]}"
+    return quoted or "(empty)"
+
+
 def _confined(files: Files, root: str) -> Files:
     """The case, with a problem if one of its files lies outside the tree."""
     uris = [uri for uri in (*files.image_uris, files.label_uri) if uri]
@@ -149,7 +185,7 @@ def _confined(files: Files, root: str) -> Files:
     return replace(files, problem=problem)
 
 
-def _folder_cases(volumes: list[str]) -> Iterator[Files]:
+def _folder_cases(volumes: list[str], edition: str | None) -> Iterator[Files]:
     """Cases whose files are named by case id and modality, one folder each or together in one."""
     groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     strays: dict[str, list[str]] = {}
@@ -167,24 +203,17 @@ def _folder_cases(volumes: list[str]) -> Iterator[Files]:
         if "seg" not in parts and folder in strays:
             alone = sum(other == folder for other, _ in groups) == 1
             parts |= {"seg": strays[folder]} if alone else {}
-        yield _folder_case(case_id, parts)
+        yield _folder_case(case_id, parts, edition or edition_of(case_id))
 
 
-def _folder_case(case_id: str, parts: dict[str, list[str]]) -> Files:
-    """The case of an edition's own tree; the edition is told by the separator and the case id."""
-    first = next(iter(parts.values()))[0]
-    if stem(first)[len(case_id) :].startswith("-"):
-        edition = EDITIONS["2023"]
-    else:
-        edition = EDITIONS["2021" if case_id.lower().startswith("brats2021") else "2020"]
-    labels = parts.get("seg", [None])[0]
+def _folder_case(case_id: str, parts: dict[str, list[str]], edition: str) -> Files:
     return Files(
         case_id=case_id,
-        edition=edition.name,
+        edition=edition,
         layout="brats",
         image_uris=_in_order(parts),
-        label_uri=labels,
-        label_values=edition.label_values,
+        label_uri=parts.get("seg", [None])[0],
+        label_values=label_values(edition),
         problem=_duplicates(parts),
     )
 

@@ -9,12 +9,26 @@ from typing import TYPE_CHECKING
 from raybrats import storage
 from raybrats.data.cohort.case import Case, from_row
 from raybrats.errors import DataError
+from raybrats.filesystem import is_remote, problem_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_NOT_A_NAME = re.compile(r"[/\\\x00-\x1f]|^\.")
-"""What no case id has, for the files of its predictions are named by it."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What no path of a row has: control characters, and bytes that are no UTF-8."""
+MAX_ID_BYTES = 200
+"""A file name has 255 at most, of which its ending and a write's own take some."""
+_NOT_A_NAME = re.compile(rf"[/\\]|{CONTROL.pattern}|^\.|^$")
+
+
+def is_name(case_id: str) -> bool:
+    """Whether the id is a file name, for the files of its predictions are named by it.
+
+    Example:
+        >>> [is_name(text) for text in ("BraTS2021_00000", "../etc", "")]
+        [True, False, False]
+    """
+    return not _NOT_A_NAME.search(case_id) and len(case_id.encode()) <= MAX_ID_BYTES
 
 
 def write_cohort(cases: Iterable[Case], uri: str) -> None:
@@ -24,7 +38,7 @@ def write_cohort(cases: Iterable[Case], uri: str) -> None:
         StorageError: it cannot be written.
 
     Example:
-        >>> case = Case("a", "a", "2020", "brats", ("a.nii",), "seg.nii", (1, 2, 4), fold=0)
+        >>> case = Case("a", "a", "2020", "brats", ("/a.nii",), "/seg.nii", (1, 2, 4), fold=0)
         >>> write_cohort([case], "cohort.parquet")
         >>> read_cohort("cohort.parquet") == [case]
         True
@@ -54,12 +68,12 @@ def read_cohort(uri: str) -> list[Case]:
 
     data = storage.read_bytes(uri)
     try:
-        rows = pq.read_table(io.BytesIO(data)).select(_schema().names).cast(_schema()).to_pylist()
-    except (pa.ArrowException, KeyError) as error:
-        raise DataError(
-            f"{uri}: not a cohort file ({error}); make one by `raybrats index`"
-        ) from None
-    cases = [from_row(row) for row in rows]
+        found = pq.read_table(io.BytesIO(data)).select(_schema().names).cast(_schema())
+        cases = [from_row(row) for row in found.to_pylist()]
+    except (pa.ArrowException, KeyError, OSError, ValueError, TypeError) as error:
+        # not in its own words, which hold what the file holds
+        why = "it lacks a column" if isinstance(error, KeyError) else "no Parquet, or other types"
+        raise DataError(f"{uri}: not a cohort file ({why}); make one by `raybrats index`") from None
     _check_rows(cases, uri)
     return cases
 
@@ -69,28 +83,55 @@ def _check_rows(cases: Sequence[Case], uri: str) -> None:
     ids: set[str] = set()
     folds: dict[str, int] = {}
     for case in cases:
-        num_files = len(case.image_uris) + (case.label_uri is not None)
-        if not case.case_id or _NOT_A_NAME.search(case.case_id):
-            problem = f"case id {case.case_id!r} is no file name"
+        if _lacks_values(case):
+            problem = f"the row of case {case.case_id!r} lacks a value"
+        elif not is_name(case.case_id):
+            problem = f"case id {case.case_id[:MAX_ID_BYTES]!r} is no file name"
         elif case.case_id in ids:
             problem = f"case {case.case_id} has two rows"
         elif folds.setdefault(case.subject, case.fold) != case.fold:
             both = f"{folds[case.subject]} and {case.fold}"
             problem = f"subject {case.subject} is in folds {both}, so one side would know the other"
-        elif not _within(case.box, case.shape):
-            problem = f"case {case.case_id} has box {case.box} in a shape of {case.shape}"
-        elif any(0 < len(facts) < num_files for facts in (case.sizes, case.digests)):
-            problem = f"case {case.case_id} has fewer sizes or digests than files"
         else:
-            ids.add(case.case_id)
-            continue
-        raise DataError(f"{uri}: {problem}; repair the rows, or make it anew by `raybrats index`")
+            problem = _problem_of_files(case)
+        if problem:
+            raise DataError(
+                f"{uri}: {problem}; repair the rows, or make it anew by `raybrats index`"
+            )
+        ids.add(case.case_id)
 
 
-def _within(box: Sequence[int] | None, shape: Sequence[int] | None) -> bool:
+def _lacks_values(case: Case) -> bool:
+    values = [value for name, value in vars(case).items() if name != "label_uri"]
+    inner = [each for value in values if isinstance(value, tuple) for each in value]
+    return any(each is None for each in values + inner)
+
+
+def _problem_of_files(case: Case) -> str:
+    """What is wrong with where a case's files lie and what is recorded of them; empty if nothing.
+
+    A cohort may come from anywhere, so it names files by absolute path or s3://, as indexing does,
+    and nothing else that could be opened.
+    """
+    labels = () if case.label_uri is None else (case.label_uri,)
+    num_files = len(case.image_uris) + len(labels)
+    for uri in (*filter(None, case.image_uris), *labels):
+        place = uri.startswith("/") or is_remote(uri)
+        if not place or problem_of(uri) or CONTROL.search(uri):
+            return f"case {case.case_id} names {uri[:100]!r}, no absolute path or s3:// URI"
+    if len(case.label_values) not in (0, 3) or not all(0 < v < 256 for v in case.label_values):
+        return f"case {case.case_id} has label values {case.label_values}"
+    if not _within(case.box, case.shape):
+        return f"case {case.case_id} has box {case.box} in a shape of {case.shape}"
+    if any(0 < len(facts) < num_files for facts in (case.sizes, case.digests)):
+        return f"case {case.case_id} has fewer sizes or digests than files"
+    return ""
+
+
+def _within(box: Sequence[int], shape: Sequence[int]) -> bool:
     """Whether a box, if there is one, lies within the volume."""
     if not box:
-        return box is not None
+        return True
     if not shape or (len(shape), len(box)) != (3, 6):
         return False
     return all(0 <= a < b <= n for a, b, n in zip(box[::2], box[1::2], shape, strict=True))

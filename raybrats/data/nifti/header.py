@@ -106,12 +106,12 @@ def _raw(start: bytes, name: str) -> nib.Nifti1Header:
     sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
     kind = nib.Nifti1Header if 348 in sizes else nib.Nifti2Header if 540 in sizes else None
     if kind is None or len(start) < kind.sizeof_hdr:
-        raise DataError(f"{name}: not a NIfTI file ({start[:24]!r}); fetch it again")
+        raise DataError(f"{name}: not a NIfTI file; fetch it again")
     raw = kind(start[: kind.sizeof_hdr], check=False)
     magic = raw["magic"].item()
     if magic not in (raw.single_magic, raw.pair_magic):
         raise DataError(
-            f"{name}: magic {magic!r} instead of {raw.single_magic!r}: damaged, or Analyze 7.5, "
+            f"{name}: magic is not {raw.single_magic!r}: damaged, or Analyze 7.5, "
             "which does not say left from right; convert it to NIfTI"
         )
     return raw

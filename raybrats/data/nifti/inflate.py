@@ -15,6 +15,7 @@ _SLACK = 2**20
 """Bytes behind the voxels that are tolerated."""
 _WINDOW = 2**16
 """Deflated bytes in which the header is looked for first."""
+_RULE = "its CRC, its length or its code is wrong"
 
 
 def is_gzip(data: bytes) -> bool:
@@ -41,8 +42,8 @@ def inflate_start(data: bytes, num_bytes: int, name: str) -> bytes:
         found = zlib.decompressobj(wbits=31).decompress(data[:_WINDOW], num_bytes)
         if len(found) < num_bytes:  # a first member of a few bytes, or the whole file
             found = gzip.GzipFile(fileobj=io.BytesIO(data)).read(num_bytes)
-    except (zlib.error, OSError) as error:
-        raise DataError(f"{name}: damaged gzip ({error}); fetch it again") from error
+    except (zlib.error, OSError) as error:  # whose words may hold bytes of the file
+        raise DataError(f"{name}: damaged gzip ({_RULE}); fetch it again") from error
     except EOFError:
         pass  # truncated: too few bytes, which the header's reader says
     return found
@@ -64,8 +65,7 @@ def inflate(data: bytes, length: int, name: str) -> bytearray:
         try:
             raw = deflate.gzip_decompress(data, claim)
         except deflate.DeflateError:
-            rule = "its CRC, its length or its code is wrong"
-            raise DataError(f"{name}: damaged gzip ({rule}); fetch it again") from None
+            raise DataError(f"{name}: damaged gzip ({_RULE}); fetch it again") from None
         if len(raw) == claim:
             return raw
     return _members(data, length, name)
@@ -85,8 +85,8 @@ def _members(data: bytes, length: int, name: str) -> bytearray:
                 out += piece
     except EOFError:
         raise DataError(f"{name}: truncated after {len(out)} bytes; fetch it again") from None
-    except (zlib.error, OSError) as error:
-        raise DataError(f"{name}: damaged gzip ({error}); fetch it again") from error
+    except (zlib.error, OSError) as error:  # whose words may hold bytes of the file
+        raise DataError(f"{name}: damaged gzip ({_RULE}); fetch it again") from error
     if len(out) > length + _SLACK:
         raise DataError(f"{name}: longer than the {length} bytes of its header; fetch it again")
     return out

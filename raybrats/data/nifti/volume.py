@@ -147,15 +147,8 @@ def on_one_grid(case_id: str, names: Sequence[str], volumes: Sequence[Volume]) -
     """
     first = next((v.grid for v in volumes if v.grid.oriented), volumes[0].grid)
     placed = [v if v.grid.oriented else _placed(v, first) for v in volumes]
-    wanted = tuple(first.shape[axis] for axis in np.argsort(_reorientation(first)[:, 0]))
-    for volume, name in zip(placed, names, strict=True):
-        shape = volume.voxels.shape[:3]
-        if shape != wanted:
-            shapes = f"{shape} and {wanted}"
-            raise GridError(f"{case_id}: {name} differs in shape from the others: {shapes}")
-        apart = float(np.abs(_canonical_affine(volume.grid) - _canonical_affine(first)).max())
-        if apart > 1e-2:
-            raise GridError(f"{case_id}: {name} lies elsewhere (affine {apart:.3g} off)")
+    if any(_difference(volume.grid, first) for volume in placed):
+        raise GridError(f"{case_id}: {_odd_one_out(names, volumes)}")
     return placed
 
 
@@ -169,6 +162,30 @@ def canonical_spacing(grid: Grid) -> tuple[float, float, float]:
     """
     i, j, k = (grid.spacing[axis] for axis in np.argsort(_reorientation(grid)[:, 0]))
     return i, j, k
+
+
+def _odd_one_out(names: Sequence[str], volumes: Sequence[Volume]) -> str:
+    """Which file lies unlike most, and how; of two, the second."""
+    found: list[list[str]] = []
+    for volume in volumes:
+        if volume.grid.oriented or not any(v.grid.oriented for v in volumes):
+            placed = [v if v.grid.oriented else _placed(v, volume.grid) for v in volumes]
+            unlike = [_difference(v.grid, volume.grid) for v in placed]
+            found.append([f"{n} {how}" for n, how in zip(names, unlike, strict=True) if how])
+    return min(found, key=len)[0]
+
+
+def _difference(grid: Grid, other: Grid) -> str:
+    """How a grid, once its axes are canonical, differs from another one; empty if it does not."""
+    shape, wanted = _canonical_shape(grid), _canonical_shape(other)
+    if shape != wanted:
+        return f"differs in shape from the others: {shape} and {wanted}"
+    apart = float(np.abs(_canonical_affine(grid) - _canonical_affine(other)).max())
+    return f"lies elsewhere (affine {apart:.3g} off)" if apart > 1e-2 else ""
+
+
+def _canonical_shape(grid: Grid) -> tuple[int, ...]:
+    return tuple(grid.shape[axis] for axis in np.argsort(_reorientation(grid)[:, 0]))
 
 
 def _canonical_affine(grid: Grid) -> np.ndarray:
