@@ -1,6 +1,7 @@
 """The session's servers: each starts when the first test asks for it and ends with the session."""
 
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ from raybrats.config import (
 from raybrats.data.cohort.index import index
 from raybrats.phantom.phantom import write_phantoms
 
+# A shell starts its background jobs with SIGINT ignored, and so would all that is started here be
+signal.signal(signal.SIGINT, signal.default_int_handler)
 TESTS = Path(__file__).parent
 # No example fails for its time: machines are loaded, and tests of time are elsewhere
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -110,7 +110,9 @@ class Saver:
                     f"{self._run_uri} goes on from the checkpoint before with a lower optim.lr"
                 )
         self._before()
-        while not self._attempt(config, snapshot) and snapshot.finished:
+        # Another step comes in an interval; neither the last one nor a validation comes again.
+        wanted = snapshot.finished or bool(snapshot.metrics)
+        while not self._attempt(config, snapshot) and wanted:
             continue
 
     def _attempt(self, config: TrainConfig, snapshot: Snapshot) -> bool:

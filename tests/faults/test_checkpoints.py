@@ -177,6 +177,26 @@ def test_a_validation_is_added_without_touching_the_weights(tmp_path, learner):
     learner.validated_at = 0
 
 
+def test_a_validated_checkpoint_that_is_refused_once_is_written_again(
+    tmp_path, learner, monkeypatch
+):
+    """It is the score by which a model is chosen, and no later step has it."""
+    saver, fired, write = Saver(str(tmp_path)), [], storage.write_bytes
+
+    def refusing(uri, data):
+        if uri.endswith(checkpoint.STATE) and not fired:
+            fired.append(uri)
+            raise StorageError("the store is busy")
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", refusing)
+    learner.step = 5
+    saver.save(learner, {"mean": 0.75})
+    saver.wait()
+    assert len(fired) == 1
+    assert checkpoint.best_written(str(tmp_path)).metrics["mean"] == 0.75
+
+
 def test_what_cannot_be_pruned_stops_nothing(tmp_path, learner, monkeypatch):
     """As where a role may write, but not delete."""
     saver, refused = Saver(str(tmp_path)), []

@@ -42,7 +42,7 @@ def spread(
     story = Story(tmp_path / "story", step_s=0.15)
     monkeypatch.setattr(launch, "work", story.worker())
     # else Ray tries in vain for a minute to start two workers, as the coordinator remembers them
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "6")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
     changes = {
         "cluster.min_workers": 1,

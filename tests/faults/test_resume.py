@@ -5,13 +5,14 @@ import signal
 
 import pytest
 import torch
+from faulty import SOAK
 from ranks import CASES, CONFIG, draws, losses, steps, together, train_rank, weights
 
 from raybrats.config import override, override_all
 from raybrats.data.plan import Plan
 
 pytestmark = pytest.mark.faults
-NUM_SEEDS = 20
+NUM_SEEDS = 20 if SOAK else 8
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def whole(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_killed_at_a_random_step_it_ends_with_the_same_weights(tmp_path, whole, seed):
     """F24, and F10: the kill falls into the writing of a checkpoint as often as not."""
