@@ -36,7 +36,7 @@ def join(uri: str, *parts: str) -> str:
         >>> join("s3://bucket/runs/", "fold0", "config.json")
         's3://bucket/runs/fold0/config.json'
     """
-    if not uri:
+    if not uri.strip():
         raise UsageError("an empty path or URI; give the path of a folder")
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 

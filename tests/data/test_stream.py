@@ -27,7 +27,7 @@ from raybrats.data.cohort.rows import read_cohort
 from raybrats.data.patch import PatchRule, draw_patch, volume_size
 from raybrats.data.plan import Plan
 from raybrats.data.stream import Assignment, Stream
-from raybrats.errors import DataError
+from raybrats.errors import DataError, UsageError
 from raybrats.phantom.phantom import write_phantoms
 from raybrats.recipes import tiny
 
@@ -390,7 +390,7 @@ def test_a_tree_in_a_bucket_is_indexed_where_it_lies(
 
 
 def test_no_cohort_and_no_case_are_told_before_any_task(tmp_path: Path):
-    with pytest.raises(DataError, match=r"data\.cohort is empty"):
+    with pytest.raises(UsageError, match=r"data\.cohort is empty"):
         load("")
     with pytest.raises(DataError, match="no BraTS case found in 0 files"):
         index(str(tmp_path))
