@@ -64,7 +64,7 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False  # progress.py shows it
     if ray.is_initialized():
         return
-    address = _address()
+    address = checked_address()
     try:
         with handlers_kept():
             ray.init(
@@ -77,6 +77,38 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise _no_cluster(address or "on this machine", str(error)) from error
     _protect_token()
+
+
+def checked_address() -> str | None:
+    """Where the cluster is that this process joins, and answers; None: none, one is started here.
+
+    Ray itself waits for minutes for one that does not answer, in native code that heeds no signal.
+
+    Raises:
+        ResourcesError: it does not answer, or RAY_ADDRESS is no address.
+
+    Example:
+        >>> checked_address()  # doctest: +SKIP
+        '127.0.0.1:6379'
+    """
+    from ray._private import services
+
+    wanted = os.environ.get("RAY_ADDRESS", "").strip()
+    if wanted == "local":
+        return None
+    try:  # as Ray looks for one; its files may name one that is gone
+        # Ray annotates a str, and says itself what None means.
+        found = services.get_ray_address_from_environment(wanted or None, None)  # ty: ignore[invalid-argument-type]
+    except ConnectionError as error:
+        raise _no_cluster(wanted, str(error)) from None
+    if found is None:
+        return None
+    match = re.fullmatch(r"(?:ray://)?(\[[\da-fA-F:.]+\]|[^\s:/@]+):(\d{1,5})/?", found)
+    if not match or not 0 < int(match[2]) < 2**16:
+        raise _no_cluster(found, "no address such as 10.0.0.1:6379; correct RAY_ADDRESS")
+    if reason := _silence(match[1].strip("[]"), int(match[2])):
+        raise _no_cluster(found, f"{reason}; start it, or correct or unset RAY_ADDRESS")
+    return found
 
 
 def check_fits(*, workers: int, cpus_per_worker: float, gpu: bool, data_cpus: float) -> None:
@@ -163,34 +195,6 @@ def each(
             if (cause := cause_of(error)) is not None:
                 raise cause from error  # its own words, not the traceback around them
             raise
-
-
-def _address() -> str | None:
-    """Where the cluster is that this process joins, and answers; None: none, one is started here.
-
-    Ray itself waits for minutes for one that does not answer, in native code that heeds no signal.
-
-    Raises:
-        ResourcesError: it does not answer, or RAY_ADDRESS is no address.
-    """
-    from ray._private import services
-
-    wanted = os.environ.get("RAY_ADDRESS", "").strip()
-    if wanted == "local":
-        return None
-    try:  # as Ray looks for one; its files may name one that is gone
-        # Ray annotates a str, and says itself what None means.
-        found = services.get_ray_address_from_environment(wanted or None, None)  # ty: ignore[invalid-argument-type]
-    except ConnectionError as error:
-        raise _no_cluster(wanted, str(error)) from None
-    if found is None:
-        return None
-    match = re.fullmatch(r"(?:ray://)?(\[[\da-fA-F:.]+\]|[^\s:/@]+):(\d{1,5})/?", found)
-    if not match or not 0 < int(match[2]) < 2**16:
-        raise _no_cluster(found, "no address such as 10.0.0.1:6379; correct RAY_ADDRESS")
-    if reason := _silence(match[1].strip("[]"), int(match[2])):
-        raise _no_cluster(found, f"{reason}; start it, or correct or unset RAY_ADDRESS")
-    return found
 
 
 def _silence(host: str, port: int) -> str:
