@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from raybrats.table import table
 
 RECORD = "predictions.json"
 """Name of the file beside the predictions that says which model made them."""
+_VERSION = r"models:/[^/@]+/\d+"
 
 
 @dataclass(frozen=True)
@@ -126,15 +129,39 @@ def _record_model(out_uri: str, model: str) -> None:
 
     Raises:
         UsageError: the folder holds predictions of another model.
+        DataError: it does not say of which.
     """
     record = storage.join(out_uri, RECORD)
     try:
-        before = json.loads(storage.read_bytes(record))["model"]
+        before = recorded_model(out_uri)
     except MissingObjectError:
         storage.write_bytes(record, json.dumps({"model": model}).encode())
         return
     if before != model:
         raise UsageError(f"{out_uri} holds predictions of {before}; choose another --out")
+
+
+def recorded_model(out_uri: str) -> str:
+    """The model that wrote a folder of predictions, as `predict` records it.
+
+    Raises:
+        MissingObjectError: there is no record.
+        DataError: it is damaged.
+
+    Example:
+        >>> storage.write_bytes("segmented/predictions.json", b'{"model": "models:/raybrats/3"}')
+        >>> recorded_model("segmented")
+        'models:/raybrats/3'
+    """
+    record = storage.join(out_uri, RECORD)
+    data = storage.read_bytes(record)
+    with suppress(ValueError, LookupError, TypeError, RecursionError):
+        model = json.loads(data)["model"]
+        if re.fullmatch(_VERSION, model):
+            return model
+    raise DataError(
+        f"{record} is damaged: whose predictions they are is lost; choose another --out"
+    )
 
 
 def _segment_all(

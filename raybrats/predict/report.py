@@ -1,6 +1,5 @@
 """A run and its predictions -> one HTML page of its curves, scores and cases."""
 
-import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,7 +13,7 @@ from raybrats.data.nifti.volume import canonical_spacing, decode
 from raybrats.errors import DataError, MissingObjectError
 from raybrats.predict.evaluate import Evaluation, evaluate
 from raybrats.predict.page import Overlay, Report, render
-from raybrats.predict.predict import RECORD, file_name
+from raybrats.predict.predict import file_name, recorded_model
 from raybrats.registry import load, tracking
 from raybrats.registry.tracking import Run
 
@@ -61,11 +60,11 @@ def write_report(
     if not cases:
         raise DataError(f"{predictions}: no prediction of a case of {cohort_uri}")
     if evaluation is None and any(c.label_uri and c.label_values for c in cases):
-        evaluation = evaluate(predictions, cohort_uri, skip_unlabelled=True)
+        evaluation = evaluate(predictions, cohort_uri, skip_unknown=True)
     rows = evaluation.rows if evaluation else ()
     page = Report(
         title=f"raybrats: {model}",
-        facts=_facts(model, shown, len(cases)),
+        facts=_facts(model, shown, _counted(cases, evaluation)),
         curves=tracking.curves(shown),
         scores=rows,
         overlays=[_overlay(case, predictions) for case in _spread(cases, rows)],
@@ -81,12 +80,18 @@ def _recorded_model(predictions: str) -> str:
         DataError: the folder has no such record.
     """
     try:
-        return str(json.loads(storage.read_bytes(storage.join(predictions, RECORD)))["model"])
-    except (MissingObjectError, ValueError, KeyError):
+        return recorded_model(predictions)
+    except MissingObjectError:
         raise DataError(f"{predictions}: not a folder that `raybrats predict` wrote") from None
 
 
-def _facts(model: str, run: Run, num_cases: int) -> dict[str, str]:
+def _counted(cases: Sequence[Case], evaluation: Evaluation | None) -> str:
+    """How many cases there are, and how many of them are not scored."""
+    unscored = len(evaluation.unlabelled) if evaluation else 0
+    return f"{len(cases)}, {unscored} without labels" if unscored else str(len(cases))
+
+
+def _facts(model: str, run: Run, num_cases: str) -> dict[str, str]:
     """Name -> value of the lines at the head of the page."""
     parameters = tracking.logged_parameters(run)
     shown = {
@@ -100,7 +105,7 @@ def _facts(model: str, run: Run, num_cases: int) -> dict[str, str]:
         "workers": "cluster.workers",
     }
     facts = {title: parameters[name] for title, name in shown.items() if name in parameters}
-    return {"model": model, **facts, "cases": str(num_cases), "MLflow run": run.run_id}
+    return {"model": model, **facts, "cases": num_cases, "MLflow run": run.run_id}
 
 
 def _spread(cases: Sequence[Case], rows: Sequence[Mapping[str, object]]) -> list[Case]:

@@ -6,9 +6,13 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from posixpath import normpath
 
 from raybrats import storage
 from raybrats.errors import MissingObjectError
+
+_MOST = 2**63
+"""Whole numbers of a database end below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +41,15 @@ def read(uri: str) -> list[Row] | None:
         lines = storage.read_bytes(uri).splitlines()
     except MissingObjectError:
         return None
-    rows = []
+    rows, damaged = [], []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(_row(line))
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            text = "%s: line %d is damaged and left out (%s: %s)"
-            logging.getLogger(__name__).warning(text, uri, number, type(error).__name__, error)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            damaged.append(f"line {number} is damaged and left out ({type(error).__name__})")
+    if damaged:
+        more = f", and {len(damaged) - 1} more" if damaged[1:] else ""
+        logging.getLogger(__name__).warning("%s: %s%s", uri, damaged[0], more)
     return rows
 
 
@@ -80,7 +86,11 @@ def remove(uri: str) -> None:
 def _row(line: bytes) -> Row:
     """The row that a line holds."""
     found = json.loads(line)
-    key = found["key"]
-    if not re.fullmatch(r"[\w./: -]+", key):  # a name that MLflow refuses, and all rows with it
+    row = Row(found["key"], float(found["value"]), int(found["timestamp"]), int(found["step"]))
+    # What MLflow or its database refuses, and all rows with it
+    plain = re.fullmatch(r"[\w./: -]{1,250}", row.key) and normpath(row.key) == row.key
+    if not plain or row.key.startswith(("/", "..")) or row.key == ".":
         raise ValueError("not the name of a metric")
-    return Row(key, float(found["value"]), int(found["timestamp"]), int(found["step"]))
+    if not (0 <= row.timestamp < _MOST and 0 <= row.step < _MOST):
+        raise ValueError("not a time or a step")
+    return row

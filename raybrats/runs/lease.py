@@ -58,7 +58,8 @@ class Lease:
     renewals: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.pid < 2**31 or not (self.host + self.since).isprintable():
+        words = self.host + self.since
+        if not 0 < self.pid < 2**31 or len(words) > 500 or not words.isprintable():
             raise ValueError("not a lease")
 
     @property

@@ -3,8 +3,10 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from raybrats import storage
 from raybrats.config import TrainConfig, deciding, digest, to_json
@@ -48,14 +50,16 @@ def read(run_uri: str) -> Record | None:
         >>> read("runs/never") is None
         True
     """
+    place = storage.join(run_uri, NAME)
     try:
-        known = json.loads(storage.read_bytes(storage.join(run_uri, NAME)))
-        return Record(*(known[field.name] for field in fields(Record)))
+        known = TypeAdapter(Record).validate_json(storage.read_bytes(place), strict=True)
+        if all(isinstance(section, Mapping) for section in deciding(known.config).values()):
+            return known
     except MissingObjectError:
         return None
-    except (ValueError, KeyError, TypeError):
-        place = storage.join(run_uri, NAME)
-        raise CheckpointError(f"{place} is damaged; choose another run.name") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # it is nothing that _write has written
+    raise CheckpointError(f"{place} is damaged; choose another run.name")
 
 
 def earlier(config: TrainConfig, run_uri: str) -> Record | None:
@@ -79,7 +83,7 @@ def earlier(config: TrainConfig, run_uri: str) -> Record | None:
     if config.run.resume == "must" and not checkpoint.written(run_uri):
         raise UsageError(f"run.resume is must, but {run_uri} has no checkpoint")
     if known.digest != digest(config):
-        fields = ", ".join(_differences(known.config, json.loads(to_json(config))))
+        fields = ", ".join(_differences(known.config, json.loads(to_json(config))) or ["digest"])
         raise UsageError(
             f"{run_uri} was started with another {fields}; choose another run.name, "
             "or the same configuration to resume"

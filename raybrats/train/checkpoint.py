@@ -4,7 +4,6 @@
 """
 
 import io
-import pickle
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,13 +15,12 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from raybrats import storage
-from raybrats.config import TrainConfig, digest, from_json, to_json
-from raybrats.errors import ChangedObjectError, CheckpointError, MissingObjectError, UsageError
-from raybrats.train import manifest
-from raybrats.train.manifest import Written, place, ranked, written
+from raybrats.config import TrainConfig, digest, to_json
+from raybrats.errors import ChangedObjectError, CheckpointError, MissingObjectError
+from raybrats.train import manifest, parts
+from raybrats.train.manifest import CONFIG, STATE, WEIGHTS, Written, place, ranked, written
 
 T = TypeVar("T")
-WEIGHTS, STATE, CONFIG = "weights.safetensors", "state.pt", "config.json"
 
 
 @dataclass(frozen=True)
@@ -45,21 +43,21 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Tensors of the network, by name."""
-        return safetensors.load(self.files[WEIGHTS])
+        """Tensors of the network, by name.
+
+        Raises:
+            CheckpointError: the file holds none.
+        """
+        return parts.tensors(self.files[WEIGHTS], storage.join(self.uri, WEIGHTS))
 
     @property
     def state(self) -> dict[str, Any]:
         """Optimiser and random state; only tensors and plain values are unpickled.
 
         Raises:
-            CheckpointError: there is more in the file.
+            CheckpointError: there is more in the file, or none.
         """
-        try:
-            return torch.load(io.BytesIO(self.files[STATE]), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            file = storage.join(self.uri, STATE)
-            raise CheckpointError(f"{file}: more than tensors and plain values") from error
+        return parts.state(self.files[STATE], storage.join(self.uri, STATE))
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,12 @@ class TrainedNetwork:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """Tensors of the network, by name."""
-        return safetensors.load(self.files[WEIGHTS])
+        """Tensors of the network, by name.
+
+        Raises:
+            CheckpointError: the file holds none.
+        """
+        return parts.tensors(self.files[WEIGHTS], storage.join(self.uri, WEIGHTS))
 
     @property
     def config(self) -> TrainConfig:
@@ -85,11 +87,7 @@ class TrainedNetwork:
         Raises:
             CheckpointError: this version of raybrats does not know such a configuration.
         """
-        try:
-            return from_json(self.files[CONFIG].decode())
-        except UsageError as error:
-            file = storage.join(self.uri, CONFIG)
-            raise CheckpointError(f"{file}: of another version of raybrats ({error})") from error
+        return parts.config(self.files[CONFIG], storage.join(self.uri, CONFIG))
 
 
 @dataclass(frozen=True)
@@ -166,9 +164,9 @@ def read(uri: str) -> Checkpoint:
         >>> read(uri).weights
         {'bias': tensor([1., 1.])}
     """
-    facts = manifest.read(uri)
-    files = _each(storage.read_bytes, uri, facts["files"])
     names = ("step", "metrics", "finished", "progress", "config_digest")
+    facts = manifest.read(uri, (*names, "files"))
+    files = _each(storage.read_bytes, uri, facts["files"])
     return Checkpoint(uri=uri, files=files, **{name: facts[name] for name in names})
 
 
@@ -183,7 +181,7 @@ def read_network(uri: str) -> TrainedNetwork:
         >>> read_network(uri).config == TrainConfig()
         True
     """
-    facts = manifest.read(uri)
+    facts = manifest.read(uri, ("step", "metrics", "files"))
     wanted = {name: facts["files"][name] for name in (WEIGHTS, CONFIG)}
     files = _each(storage.read_bytes, uri, wanted)
     return TrainedNetwork(uri, facts["step"], facts["metrics"], files)
@@ -198,7 +196,7 @@ def verify(uri: str) -> None:
     Example:
         >>> verify(write("runs/sound", TrainConfig(), Snapshot(50, {}, {})))
     """
-    _each(storage.verify, uri, manifest.read(uri)["files"])
+    _each(storage.verify, uri, manifest.read(uri, ("files",))["files"])
 
 
 def newest(run_uri: str) -> Checkpoint | None:

@@ -119,7 +119,7 @@ class Learner:
             >>> second.step
             7
         """
-        _require_state(self, state)
+        _require_state(self, state, progress)
         load_weights(self.bare, state.get("raw_weights", weights))
         if self.average is not None:
             load_weights(self.average.module, weights)
@@ -232,11 +232,12 @@ def _compiled(learner: Learner) -> nn.Module:
     return compiled
 
 
-def _require_state(learner: Learner, state: Mapping[str, Any]) -> None:
+def _require_state(learner: Learner, state: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
     wanted = {"optimizer", "scaler", "torch_rng"}
     if learner.average is not None:
         wanted |= {"raw_weights", "averaged"}
-    mismatches = [f"{name} is missing" for name in sorted(wanted - set(state))]
+    missing = sorted({*wanted} - set(state)) + sorted({*_PROGRESS.values()} - set(progress))
+    mismatches = [f"{name} is missing" for name in missing]
     mismatches += [f"{n} is unknown" for n in sorted(set(state) - wanted - {"cuda_rng"})]
     if not mismatches:
         mismatches = _optimizer_mismatches(learner.optimizer, state["optimizer"])

@@ -7,6 +7,7 @@ every file and carries a digest of itself, for nothing else vouches for it.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,11 @@ from raybrats import storage
 from raybrats.errors import CheckpointError, MissingObjectError
 
 MANIFEST = "MANIFEST.json"
+WEIGHTS, STATE, CONFIG = "weights.safetensors", "state.pt", "config.json"
+"""The other files of a checkpoint."""
 _FOLDER = re.compile(r"/checkpoints/(step-\d{8})/")
+_DAMAGED = MissingObjectError, ValueError, LookupError, TypeError, AttributeError, RecursionError
+"""What the bytes of a manifest may raise that were not written as one."""
 _COMPLETE = re.compile(rf"/checkpoints/(step-\d{{8}})/{re.escape(MANIFEST)}$")
 
 
@@ -55,22 +60,28 @@ def write(uri: str, facts: Mapping[str, Any]) -> None:
     storage.write_bytes(storage.join(uri, MANIFEST), sealed.encode())
 
 
-def read(uri: str) -> dict[str, Any]:
-    """The facts in the manifest of the checkpoint at a URI.
+def read(uri: str, parts: Sequence[str] = ()) -> dict[str, Any]:
+    """The facts in the manifest of the checkpoint at a URI, the parts that are named among them.
 
     Raises:
-        CheckpointError: there is no manifest, or it does not match its own digest.
+        CheckpointError: there is no manifest, it does not match its own digest, or it lacks a part.
 
     Example:
         >>> read("runs/seal/checkpoints/step-99999999")
         Traceback (most recent call last):
         raybrats.errors.CheckpointError: ...step-99999999: no manifest, or a damaged one
     """
-    with suppress(MissingObjectError, ValueError, LookupError, TypeError, AttributeError):
+    try:
         facts = json.loads(storage.read_bytes(storage.join(uri, MANIFEST)))
-        if facts.pop("digest") == _seal(facts):
-            return facts
-    raise CheckpointError(f"{uri}: no manifest, or a damaged one")
+        sealed = facts.pop("digest") == _seal(facts)
+    except _DAMAGED:
+        sealed = False
+    if not sealed:
+        raise CheckpointError(f"{uri}: no manifest, or a damaged one")
+    for part in parts:  # anybody can seal what lacks something
+        if part not in facts or not _fits(part, facts[part]):
+            raise CheckpointError(f"{uri}: a damaged manifest, without {part!r} as it should be")
+    return facts
 
 
 def written(run_uri: str) -> list[Written]:
@@ -85,7 +96,7 @@ def written(run_uri: str) -> list[Written]:
     found = []
     for uri in complete(run_uri):
         with suppress(CheckpointError):
-            facts = read(uri)
+            facts = read(uri, ("step", "metrics", "finished"))
             found.append(Written(uri, facts["step"], facts["metrics"], facts["finished"]))
     return found
 
@@ -98,7 +109,7 @@ def ranked(found: Sequence[Written]) -> list[Written]:
         >>> [w.step for w in ranked([Written("", s, m, False) for s, m in scores.items()])]
         [2, 3, 1]
     """
-    validated = [w for w in found if "mean" in w.metrics]
+    validated = [w for w in found if not math.isnan(w.metrics.get("mean", math.nan))]
     return sorted(validated, key=lambda w: (w.metrics["mean"], w.step), reverse=True)
 
 
@@ -165,3 +176,27 @@ def _matching(run_uri: str, pattern: re.Pattern[str]) -> list[str]:
 
 def _seal(facts: Mapping[str, Any]) -> str:
     return storage.digest_of(json.dumps(facts, sort_keys=True).encode())
+
+
+def _fits(part: str, value: object) -> bool:
+    """Whether a part of a manifest is of its kind."""
+    if part == "finished":
+        return isinstance(value, bool)
+    if part == "step":
+        return _is_size(value)
+    if part == "config_digest":
+        return isinstance(value, str)
+    if not isinstance(value, dict):
+        return False
+    if part == "files":
+        return value.keys() == {WEIGHTS, STATE, CONFIG} and all(map(_is_file, value.values()))
+    return all(type(figure) in (int, float) for figure in value.values())
+
+
+def _is_file(facts: object) -> bool:
+    whole = isinstance(facts, dict) and facts.keys() == {"size", "digest"}
+    return whole and _is_size(facts["size"]) and isinstance(facts["digest"], str)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
