@@ -14,3 +14,5 @@ for _name, _value in {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }.items():
     os.environ.setdefault(_name, _value)
+# Nothing that a registry or a run holds is ever unpickled, whatever the user's environment says.
+os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"

@@ -1,18 +1,31 @@
 """A registered model, a checkpoint or a run -> the model, loaded; and a model's versions."""
 
+import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-import mlflow
 import numpy as np
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 
+from raybrats.config import TrainConfig, from_json
 from raybrats.errors import CheckpointError, UsageError
 from raybrats.registry.server import tracking_errors
 from raybrats.registry.tracking import default_server
 from raybrats.train import manifest
+from raybrats.train.manifest import CONFIG, WEIGHTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_SCORES = ("dice_WT", "dice_TC", "dice_ET", "dice_mean")
+"""Tags of a version that are shown."""
 
 
 @dataclass(frozen=True)
@@ -32,26 +45,38 @@ class Model:
 def load(model_uri: str, tracking_uri: str) -> Model:
     """The model behind `models:/name@alias` or `models:/name/version`.
 
+    A registered model is data here: its weights and its configuration are read, and the network is
+    raybrats' own. Code and pickles that a version may hold are neither run nor fetched.
+
     Raises:
         UsageError: the URI is not of that form, or raybrats did not register the model.
         TrackingError: the server is out of reach, or there is no such model.
+        CheckpointError: its weights are not those that were registered, or not of its network.
 
     Example:
         >>> model = load("models:/raybrats@champion", "http://mlflow:5000")  # doctest: +SKIP
         >>> labels = model.predict(np.stack([flair, t1, t1ce, t2]))  # doctest: +SKIP
     """
     name = resolve(model_uri, tracking_uri)
-    with tracking_errors(tracking_uri), default_server(tracking_uri):
-        loaded = mlflow.pyfunc.load_model(name)
-    described = loaded.metadata.metadata or {}
-    if "modalities" not in described:
+    _, model, version = name.split("/")
+    with tracking_errors(tracking_uri):
+        tags = MlflowClient(tracking_uri, tracking_uri).get_model_version(model, version).tags
+    if "weights_sha256" not in tags:
         raise UsageError(f"{name}: not a model that raybrats registered")
-    dropped = described.get("drop_modality", 0) > 0
+    files = _files(name, tracking_uri)
+    if hashlib.sha256(files[WEIGHTS]).hexdigest() != tags["weights_sha256"]:
+        raise CheckpointError(
+            f"{name}: its weights are not those that were registered; take another version"
+        )
+    try:
+        config = from_json(files[CONFIG])
+    except ValueError:
+        raise CheckpointError(
+            f"{name}: its configuration is damaged; take another version"
+        ) from None
+    from safetensors.torch import load as tensors  # torch takes a second
 
-    def predict(image: np.ndarray) -> np.ndarray:
-        return np.asarray(loaded.predict(image))  # as it is: MLflow's types allow for tables
-
-    return Model(name, tuple(described["modalities"]), predict, dropped)
+    return _model(name, config, tensors(files[WEIGHTS]))
 
 
 def load_checkpoint(uri: str) -> Model:
@@ -65,16 +90,10 @@ def load_checkpoint(uri: str) -> Model:
         >>> model = load_checkpoint("runs/one/checkpoints/step-00000150")  # doctest: +SKIP
         >>> labels = model.predict(np.stack([flair, t1, t1ce, t2]))  # doctest: +SKIP
     """
-    # torch and MONAI take seconds, which a look-up of versions need not wait for
-    from raybrats.model.inference import segment
-    from raybrats.model.network import trained_network
-    from raybrats.train import checkpoint
+    from raybrats.train import checkpoint  # torch
 
     found = checkpoint.read_network(uri)
-    config = found.config
-    network = trained_network(config, found.weights)
-    predict = partial(segment, network, config)
-    return Model(uri, config.data.modalities, predict, config.augment.drop_modality > 0)
+    return _model(uri, found.config, found.weights)
 
 
 def load_run(run_uri: str) -> Model:
@@ -161,10 +180,39 @@ def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
         {
             "version": str(v.version),
             "aliases": ", ".join(aliases.get(str(v.version), [])),
-            **{k: v.tags.get(k, "") for k in ("dice_WT", "dice_TC", "dice_ET", "dice_mean")},
+            **{key: _rounded(v.tags.get(key, "")) for key in _SCORES},
             "recipe": v.tags.get("recipe", ""),
             "run_id": v.run_id or "",
         }
         for v in found
     ]
     return sorted(rows, key=lambda row: -int(row["version"]))
+
+
+def _rounded(score: str) -> str:
+    return f"{float(score):.6f}" if score else ""
+
+
+def _model(name: str, config: TrainConfig, weights: "Mapping[str, Tensor]") -> Model:
+    # torch and MONAI take seconds, which a look-up of versions need not wait for
+    from raybrats.model.inference import segment
+    from raybrats.model.network import trained_network
+
+    network = trained_network(config, weights)
+    predict = partial(segment, network, config)
+    return Model(name, config.data.modalities, predict, config.augment.drop_modality > 0)
+
+
+def _files(name: str, tracking_uri: str) -> dict[str, bytes]:
+    """The weights and the configuration of a version, and nothing else that it holds."""
+    files = {}
+    with (
+        TemporaryDirectory() as folder,
+        default_server(tracking_uri),
+        tracking_errors(tracking_uri),
+    ):
+        for file in (CONFIG, WEIGHTS):
+            uri = f"{name}/artifacts/{file}"
+            path = download_artifacts(uri, dst_path=folder, tracking_uri=tracking_uri)
+            files[file] = Path(path).read_bytes()
+    return files

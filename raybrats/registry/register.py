@@ -16,9 +16,12 @@ from mlflow import MlflowClient
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from mlflow.utils.logging_utils import disable_logging, enable_logging
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
 
 from raybrats.config import TrainConfig, to_json
-from raybrats.errors import RegistrationError, TrackingError
+from raybrats.errors import CheckpointError, RegistrationError, TrackingError
+from raybrats.model.network import trained_network
 from raybrats.registry.server import tracking_errors
 from raybrats.registry.tracking import Run, default_server
 from raybrats.train import checkpoint
@@ -72,10 +75,12 @@ def register(
         with tracking_errors(run.uri):
             client = MlflowClient(run.uri, registry_uri=run.uri)
             weights = hashlib.sha256(files[checkpoint.WEIGHTS]).hexdigest()
+            _check_weights(config, files[checkpoint.WEIGHTS])
             if (earlier := _find_version(client, name, run, weights)) is not None:
                 return earlier
             number = _upload(run, config, files)
-            tags = {f"dice_{region}": f"{value:.6f}" for region, value in scores.items()}
+            # in full: the next one is compared with it, and a tie does not take over
+            tags = {f"dice_{region}": repr(float(value)) for region, value in scores.items()}
             tags |= {"held_out": held_out, "recipe": config.recipe}
             for key, value in tags.items():
                 client.set_model_version_tag(name, number, key, value)
@@ -86,6 +91,22 @@ def register(
     except TrackingError as error:
         raise RegistrationError(f"trained, but not registered: {error}") from error
     return Version(name, number, alias)
+
+
+def _check_weights(config: TrainConfig, data: bytes) -> None:
+    """Refuses weights that would predict nothing, whatever the manifest beside them says.
+
+    Raises:
+        RegistrationError: they are not finite, or not those of the configured network.
+    """
+    try:
+        weights = safetensors.load(data)
+        trained_network(config, weights)
+    except (SafetensorError, CheckpointError) as error:
+        raise RegistrationError(f"not registered, for its weights do not load: {error}") from error
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise RegistrationError(f"not registered, for {name} of its weights is not finite")
 
 
 def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
@@ -113,7 +134,8 @@ def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
             artifacts={"weights": str(weights), "config": str(settings)},
             code_paths=[str(Path(__file__).parents[1])],
             pip_requirements=[
-                f"{package}=={importlib.metadata.version(package)}"
+                # the local part, as of 2.13.0+cpu, names a build that an index may not have
+                f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
                 for package in _REQUIREMENTS
                 if importlib.util.find_spec(package)
             ],
