@@ -176,8 +176,11 @@ def evaluate(args: Sequence[str]) -> Answer:
     o = parse(Evaluate, "evaluate", args)
     found = rb.evaluate(o.predictions, o.references, o.edition)
     document = {"cases": found.rows, "mean": found.mean, "missing": found.missing}
+    document |= {"unlabelled": found.unlabelled}
     rows = [[name, *(_figure(v) for v in found.mean[name].values())] for name in REGION_COLUMNS]
     title = f"{len(found.rows) // 3} cases, {len(found.missing)} references without prediction"
+    if found.unlabelled:
+        title += f", {len(found.unlabelled)} predictions left out: their cases have no labels"
     return Answer(document, title, ("region", *found.mean["mean"]), rows)
 
 

@@ -74,7 +74,7 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
                 # may only be given for a cluster that is started here
                 include_dashboard=None if address else dashboard,
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises this very kind where a node does not come up in time
         raise _no_cluster(address or "on this machine", str(error)) from error
     _protect_token()
 

@@ -227,6 +227,9 @@ def places(tmp_path_factory, ray_cluster, s3):
     for name in ("sound", "truncated", "maskless"):
         index(str(folder / name), str(folder / f"{name}.parquet"))
     (folder / "empty").mkdir()
+    shutil.copytree(folder / "sound", folder / "fewer")
+    (case,) = (folder / "fewer").rglob("*_004_seg.nii.gz")
+    shutil.rmtree(case.parent)
     small = "tiny --network.widths 4 8 8 --data.patch_size 16 16 16 --cluster.device cpu"
     here = f"--run.storage_uri {folder}/runs --tracking.uri sqlite:///{folder}/mlflow.db"
     return {
@@ -381,7 +384,7 @@ LARGE = "--cluster.workers 64 --optim.global_batch 64"
         ("predict models:/nobody@champion {tmp}/sound --tracking-uri {mlflow}", 6, ["nobody"]),
         ("predict nobody {tmp}/sound --tracking-uri {dead}", 2, ["'nobody'", "models:/NAME@ALIAS"]),
         ("models nobody --tracking-uri {dead}", 6, ["MLflow at http://127.0.0.1:"]),
-        ("evaluate {tmp}/sound {tmp}/maskless", 5, ["no reference", "BraTS20_Training_004"]),
+        ("evaluate {tmp}/sound {tmp}/fewer", 5, ["no reference", "BraTS20_Training_004"]),
     ],
 )
 def test_what_cannot_be_done_is_refused(desk, places, request, words, code, said):
@@ -414,3 +417,16 @@ def test_index_json_lists_the_bad_cases(places):
     assert "BraTS20_Training_002_t1.nii.gz" in bad["reason"]
     assert "Traceback" not in err
     assert storage.exists(str(out_uri))
+
+
+@pytest.mark.ray
+def test_cases_without_labels_are_left_out_and_counted(desk, places):
+    code, out, err = desk("evaluate {tmp}/sound {tmp}/maskless --json".format(**places))
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["unlabelled"] == ["BraTS20_Training_004"]
+    assert {row["case_id"] for row in document["cases"]} == {
+        f"BraTS20_Training_{n:03d}" for n in (1, 2, 3, 5)
+    }
+    _, out, _ = desk("evaluate {tmp}/sound {tmp}/maskless".format(**places))
+    assert "4 cases, 0 references without prediction, 1 predictions left out" in out

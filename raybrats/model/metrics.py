@@ -19,9 +19,8 @@ class Score:
 
     region: Region
     dice: float
+    """Also called F1: over voxels the two are one."""
     iou: float
-    f1: float
-    """Harmonic mean of precision and sensitivity: for voxels the same number as `dice`."""
     hd95_mm: float
     """Larger of the two directed 95th percentiles of surface distances."""
     sensitivity: float
@@ -70,16 +69,13 @@ def score_case(
         p, r = region_mask(prediction, region), region_mask(reference, region)
         tp, fp, fn = int((p & r).sum()), int((p & ~r).sum()), int((~p & r).sum())
         tn = p.size - tp - fp - fn
-        precision, sensitivity = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
-        both = precision + sensitivity
         scores.append(
             Score(
                 region=region,
                 dice=_ratio(2 * tp, 2 * tp + fp + fn),
                 iou=_ratio(tp, tp + fp + fn),
-                f1=2 * precision * sensitivity / both if both > 0 else 0.0,
                 hd95_mm=hd95(p, r, spacing_mm),
-                sensitivity=sensitivity,
+                sensitivity=_ratio(tp, tp + fn),
                 specificity=_ratio(tn, tn + fp),
             )
         )

@@ -15,7 +15,7 @@ from raybrats.errors import DataError
 from raybrats.progress import Display
 from raybrats.table import table
 
-SCORES = ("dice", "iou", "f1", "hd95_mm", "sensitivity", "specificity")
+SCORES = ("dice", "iou", "hd95_mm", "sensitivity", "specificity")
 """Names of the scores, in the order in which they are shown."""
 
 LabelValues = tuple[int, ...]
@@ -39,23 +39,26 @@ class Evaluation:
         >>> rows = [{"case_id": "a", "region": "WT", **dict.fromkeys(SCORES, 0.5)}]
         >>> print(Evaluation(tuple(rows), means(rows), missing=("b",)))
         cases scored: 1, references without a prediction: 1
-        region   dice    iou     f1  hd95_mm  sensitivity  specificity
-        WT      0.500  0.500  0.500    0.500        0.500        0.500
-        mean    0.500  0.500  0.500    0.500        0.500        0.500
+        region   dice    iou  hd95_mm  sensitivity  specificity
+        WT      0.500  0.500    0.500        0.500        0.500
+        mean    0.500  0.500    0.500        0.500        0.500
     """
 
     rows: tuple[Mapping[str, Any], ...]
-    """{case_id, region, dice, iou, f1, hd95_mm, sensitivity, specificity} of each case and region.
-    """
+    """{case_id, region, dice, iou, hd95_mm, sensitivity, specificity} of each case and region."""
     mean: Mapping[str, Mapping[str, float]]
     """Region -> score -> mean over cases; `mean` is the unweighted mean of the regions."""
     missing: tuple[str, ...]
     """Case ids of references without a prediction."""
+    unlabelled: tuple[str, ...] = ()
+    """Case ids of predictions that are left out, for the references know the case without labels.
+    """
 
     def __str__(self) -> str:
         scored, missing = len({row["case_id"] for row in self.rows}), len(self.missing)
         rows = [(region, *(row[score] for score in SCORES)) for region, row in self.mean.items()]
         title = f"cases scored: {scored}, references without a prediction: {missing}"
+        title += f", left out without labels: {len(self.unlabelled)}" if self.unlabelled else ""
         return f"{title}\n{table(('region', *SCORES), rows)}"
 
 
@@ -64,17 +67,18 @@ def evaluate(
     references: str,
     edition: str | None = None,
     *,
-    skip_unlabelled: bool = False,
+    skip_unknown: bool = False,
 ) -> Evaluation:
     """Scores every prediction against the reference of the same case id.
+
+    Predictions of cases that the references know without labels are left out and told as that.
 
     Args:
         predictions: folder or URI of label files named by case id, or a cohort.
         references: the same.
         edition: label convention of the files; where not given that of the cohort or tree on
             either side, else the one that their ids begin with.
-        skip_unlabelled: leave out predictions of cases that the references know without labels, or
-            with labels of an edition that is not supported.
+        skip_unknown: leave out cases with labels of an edition that is not supported, too.
 
     Raises:
         DataError: no prediction has a reference, a prediction has none, or nothing tells the label
@@ -91,14 +95,9 @@ def evaluate(
     values = label_values(edition) if edition else ()
     predicted = _label_files(predictions, values, kind="predictions")
     labelled = _label_files(references, values, kind="references")
-    if skip_unlabelled:
+    if skip_unknown:
         labelled = {i: f if f and _own_values(f) else None for i, f in labelled.items()}
-    alone = [
-        case_id
-        for case_id in sorted(predicted)
-        if not (labelled.get(case_id) or (skip_unlabelled and case_id in labelled))
-    ]
-    if alone:
+    if alone := sorted(predicted.keys() - labelled.keys()):
         raise DataError(f"no reference for {', '.join(alone[:5])} in {references}")
     both = [(predicted[case_id], labelled[case_id]) for case_id in sorted(predicted)]
     pairs = [with_values((ours, theirs)) for ours, theirs in both if ours and theirs]
@@ -113,7 +112,8 @@ def evaluate(
             display.show(len(scored), case_id)
     found = tuple(row for case_id in sorted(scored) for row in scored[case_id])
     missing = sorted(i for i, file in labelled.items() if file and not predicted.get(i))
-    return Evaluation(found, means(found), tuple(missing))
+    unlabelled = tuple(i for i in sorted(predicted) if predicted[i] and not labelled[i])
+    return Evaluation(found, means(found), tuple(missing), unlabelled)
 
 
 def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:

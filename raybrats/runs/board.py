@@ -22,6 +22,8 @@ from raybrats.progress import Display
 _LOG = logging.getLogger(__name__)
 _NAME_FREE_S = 30.0
 """Seconds that the board of an attempt that was killed may take to end."""
+_ANSWER_S = 60.0
+"""Seconds that a board may take to answer."""
 _ABORT_S = 30.0
 """Seconds that Ray Train's controller has to end its workers."""
 
@@ -32,6 +34,7 @@ class Board:
     def __init__(self) -> None:
         self._state, self._posts, self._restarts = (0, ""), 0, 0
         self._requested, self._saved_step = False, -1
+        self._told: list[str] = []
         self._controller: ActorHandle | None = None
         self._aborted = False
 
@@ -39,9 +42,13 @@ class Board:
         """Rank 0 is so far."""
         self._state, self._posts = (done, remark), self._posts + 1
 
-    def read(self) -> tuple[tuple[int, str], int]:
-        """The last post, and how many there were."""
-        return self._state, self._posts
+    def tell(self, words: str) -> None:
+        """Rank 0 has something to say that is not to be missed."""
+        self._told.append(words)
+
+    def read(self, heard: int = 0) -> tuple[tuple[int, str], int, list[str]]:
+        """The last post, how many there were, and what was told after so many words."""
+        return self._state, self._posts, self._told[heard:]
 
     def restart(self, why: str) -> None:
         """The workers start again."""
@@ -101,18 +108,23 @@ def followed(
     board, ended = _new(run_uri), threading.Event()
 
     def follow(display: Display) -> None:
-        shown, heard, since_s = None, 0, time.monotonic()
-        while not ended.wait(1.0):
+        shown, heard, told, since_s = None, 0, 0, time.monotonic()
+        last = False
+        while not last:
+            last = ended.wait(1.0)  # once more after the end, for the last words
             try:
-                state, posts = ray.get(board.read.remote())
+                state, posts, news = ray.get(board.read.remote(told), timeout=_ANSWER_S)
             except ray.exceptions.RayError:  # the cluster is going down; the run itself says why
                 return
+            for words in news:
+                display.say(words)
+            told += len(news)
             if state != shown:
                 display.show(*state)
             if posts != heard:
                 since_s = time.monotonic()
             shown, heard = state, posts
-            if time.monotonic() - since_s > stall_s:
+            if not last and time.monotonic() - since_s > stall_s:
                 on_stall()
                 return
 

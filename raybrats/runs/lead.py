@@ -73,6 +73,8 @@ class Lead(Follower):
         self._saver = Saver(job.run_uri, run.run_id, resumed, first=self._log.flush)
         self._requests = Requests(job.board)
         self._gauges = gauges.Gauges(job.config.run.name, rejected)
+        if resumed is not None:
+            self._board.tell.remote(f"resumed at step {resumed.step}")
 
     def log(self, figures: Mapping[str, float], tally: Mapping[str, float]) -> None:
         """Figures to MLflow; those of steps to the driver and to those who watch the cluster too.
@@ -88,6 +90,10 @@ class Lead(Follower):
             self._gauges.show(figures, tally)
             loss, speed = figures["train/loss"], figures["patches_per_s"]
             self.remark = f"loss {loss:.3f}, {speed:.1f} patches/s"
+        else:
+            dice = ", ".join(f"{k.rpartition('_')[2]} {v:.3f}" for k, v in figures.items())
+            self.remark = f"validated: Dice {dice}"
+            self._board.tell.remote(f"step {self._learner.step}: Dice {dice}")
 
     def save(self, metrics: Mapping[str, float], finished: bool) -> None:
         """Starts a checkpoint; that of a validation is waited for.

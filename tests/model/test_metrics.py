@@ -35,13 +35,12 @@ def test_scores_are_set_arithmetic(prediction, reference):
         if p | r:
             assert score.dice == pytest.approx(2 * len(p & r) / (len(p) + len(r)))
             assert score.iou == pytest.approx(len(p & r) / len(p | r))
-            assert score.f1 == pytest.approx(score.dice)
         if r:
             assert score.sensitivity == pytest.approx(len(p & r) / len(r))
         if len(r) < prediction.size:
             negatives = prediction.size - len(r)
             assert score.specificity == pytest.approx((negatives - len(p - r)) / negatives)
-        assert all(0 <= v <= 1 for v in (score.dice, score.iou, score.f1, score.specificity))
+        assert all(0 <= v <= 1 for v in (score.dice, score.iou, score.specificity))
 
 
 @given(LABELS, LABELS)
@@ -53,15 +52,15 @@ def test_validation_and_evaluation_agree_on_dice(prediction, reference):
 @given(LABELS)
 def test_a_case_against_itself_is_perfect(labels):
     for score in score_case(labels, labels, (1.0, 2.0, 3.0)):
-        figures = (score.dice, score.iou, score.f1, score.sensitivity, score.specificity)
-        assert figures == (1, 1, 1, 1, 1)
+        figures = (score.dice, score.iou, score.sensitivity, score.specificity)
+        assert figures == (1, 1, 1, 1)
         assert score.hd95_mm == 0
 
 
 def test_both_empty():
     nothing = np.zeros((4, 4, 4), np.uint8)
     for score in score_case(nothing, nothing, ONE_MM):
-        assert (score.dice, score.iou, score.f1, score.sensitivity) == (1, 1, 1, 1)
+        assert (score.dice, score.iou, score.sensitivity) == (1, 1, 1)
         assert (score.specificity, score.hd95_mm) == (1, 0)
 
 
@@ -71,7 +70,7 @@ def test_one_empty():
     tumour[1, 2, 3] = 3
     for pair in ((nothing, tumour), (tumour, nothing)):
         for score in score_case(*pair, ONE_MM):
-            assert (score.dice, score.iou, score.f1) == (0, 0, 0)
+            assert (score.dice, score.iou) == (0, 0)
             assert score.hd95_mm == pytest.approx(373.12866)
     assert all(score.sensitivity == 0 for score in score_case(nothing, tumour, ONE_MM))
     assert pytest.approx((240**2 + 240**2 + 155**2) ** 0.5, abs=1e-5) == HD95_ONE_EMPTY_MM
