@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ WRITE_RACE_S = 1.0
 """Seconds until two who wrote one object at once both read the last write; a write takes less."""
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 """Errors of file systems without hard links: exFAT, and many that a program serves (FUSE)."""
+_Put = Callable[[Path, Path], Any]
 _PART = 50 * 2**20
 """Bytes that s3fs reads in one request; larger objects are read in several at once."""
 
@@ -104,10 +106,11 @@ def verify(uri: str, *, size: int, digest: str) -> None:
         raise ChangedObjectError(f"{uri}: other bytes than were recorded")
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def write_bytes(uri: str, data: bytes, mode: int = 0o666) -> None:
     """Puts an object whole: readers see the old one or the new one, never a part.
 
     A local link stays, and the file that it names is replaced; a device or a folder is refused.
+    A local file has the mode that is given, less what the umask takes.
 
     Raises:
         StorageError: it cannot be written, or is out of reach.
@@ -119,7 +122,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     if is_remote(uri):
         with_retries(uri, lambda fs, path, **limit: fs.pipe_file(path, data, **limit), len(data))
     else:
-        _put_file(uri, data, os.replace, "written")
+        _put_file(uri, data, os.replace, "written", mode)
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -139,10 +142,7 @@ def create(uri: str, data: bytes) -> bool:
         return _put_file(uri, data, _link, "created") or _holds(uri, data)
     if exists(uri):
         return False
-
-    def put(fs: fsspec.AbstractFileSystem, path: str, **limit: float) -> bool:
-        return _put_new(fs, path, data, **limit)
-
+    put = partial(_put_new, data=data)
     if with_retries(uri, put, len(data)) and with_retries(uri, put, len(data)):
         time.sleep(WRITE_RACE_S)  # put twice: this server ignores the condition, the last stays
     return _holds(uri, data)
@@ -247,14 +247,15 @@ def for_ray(uri: str) -> dict[str, Any]:
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
-def _put_file(uri: str, data: bytes, put: Callable[[Path, Path], Any], verb: str) -> bool:
+def _put_file(uri: str, data: bytes, put: _Put, verb: str, mode: int = 0o666) -> bool:
     """Writes a file beside its place, then puts it there; False: `put` found the place taken."""
     check_file(uri)
     path = Path(absolute(uri))
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(data)
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(data)
         return put(aside, path) is not False
     except OSError as error:
         raise StorageError(f"{uri}: cannot be {verb}: {error.strerror or error}") from error

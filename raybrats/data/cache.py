@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -36,6 +37,7 @@ _LOCKS = 256
 """Most cases that are prepared at once on a node; two of one lock wait for each other."""
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 """Names of entries; whatever else lies in the folder is not ours to remove."""
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _FREE_FRACTION = 0.06
 """Fraction of the disk that is left free; Ray itself stops spilling when 5 % are."""
 _OPEN = 16
@@ -138,12 +140,17 @@ def _folder(chosen: str) -> Path:
     """The folder, which is this user's alone; made if need be.
 
     Raises:
-        OSError: it cannot be made, or belongs to another user, who could put anything there.
+        OSError: it cannot be made, or another user could put anything there.
     """
     folder = Path(chosen or Path(tempfile.gettempdir(), f"raybrats-cache-{os.getuid()}"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or (not chosen and folder.is_symlink()):
+    there = folder.stat()
+    if there.st_uid != os.getuid() or (not chosen and folder.is_symlink()):
         raise PermissionError(f"{folder} belongs to another user; set data.cache_dir")
+    # Where it is set, others may add files of theirs, which are not used, and replace none.
+    if there.st_mode & _OTHERS_WRITE and not there.st_mode & stat.S_ISVTX:
+        advice = f"chmod go-w {folder}, or set data.cache_dir"
+        raise PermissionError(f"other users may write to {folder}; {advice}")
     return folder
 
 
@@ -159,17 +166,25 @@ def _key(case: Case, data: DataConfig) -> str:
 def _read(entry: Path) -> tuple[Prepared | None, int]:
     """The case of an entry, or None; and the number, 0 or 1, of damaged ones that were removed."""
     try:
-        stat = entry.stat()
-        case = _mapped(entry, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        there = entry.lstat()
+        if not _is_ours(there):
+            return None, 0
+        case = _mapped(entry, (there.st_ino, there.st_mtime_ns, there.st_size))
     except FileNotFoundError:
         return None, 0
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         with suppress(FileNotFoundError):
             entry.unlink()
         return None, 1
     with suppress(OSError):  # it was removed meanwhile, or the disk is read-only
-        os.utime(entry, ns=(time.time_ns(), stat.st_mtime_ns))  # what eviction goes by
+        os.utime(entry, ns=(time.time_ns(), there.st_mtime_ns))  # what eviction goes by
     return case, 0
+
+
+def _is_ours(there: os.stat_result) -> bool:
+    """Whether it is a file that this user alone could write."""
+    own = stat.S_ISREG(there.st_mode) and there.st_uid == os.getuid()
+    return own and not there.st_mode & _OTHERS_WRITE
 
 
 @lru_cache(maxsize=_OPEN)
@@ -181,8 +196,8 @@ def _mapped(entry: Path, mark: tuple[int, int, int]) -> Prepared:
         ValueError, KeyError, TypeError, AttributeError: it is not what was written.
     """
     with entry.open("rb") as file:
-        stat = os.fstat(file.fileno())
-        if mark != (stat.st_ino, stat.st_mtime_ns, stat.st_size):
+        there = os.fstat(file.fileno())
+        if mark != (there.st_ino, there.st_mtime_ns, there.st_size):
             raise FileNotFoundError(entry)
         mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     case = decode(mapped, verify=_process.verified.get(entry.name) != mark)
@@ -220,10 +235,10 @@ def _evict(folder: Path, limit: int) -> int:
     held: list[tuple[int, int, Path]] = []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):
-            stat = path.stat()
+            there = path.stat()
             if _ENTRY.fullmatch(path.name):
-                held.append((stat.st_atime_ns, stat.st_size, path))
-            elif path.name.startswith("aside-") and time.time() - stat.st_mtime > _STALE_S:
+                held.append((there.st_atime_ns, there.st_size, path))
+            elif path.name.startswith("aside-") and time.time() - there.st_mtime > _STALE_S:
                 path.unlink()
     excess, removed = sum(size for _, size, _ in held) - limit, 0
     for _, size, path in sorted(held):

@@ -121,7 +121,7 @@ def write(run_uri: str, config: TrainConfig, snapshot: Snapshot) -> str:
         CONFIG: to_json(config).encode(),
     }
     for name, data in files.items():
-        storage.write_bytes(storage.join(uri, name), data)
+        storage.write_bytes(storage.join(uri, name), data, manifest.MODE)
     facts = {
         "step": snapshot.step,
         "draws": snapshot.step * config.optim.global_batch,

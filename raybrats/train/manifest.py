@@ -20,6 +20,8 @@ from raybrats.errors import CheckpointError, MissingObjectError
 MANIFEST = "MANIFEST.json"
 WEIGHTS, STATE, CONFIG = "weights.safetensors", "state.pt", "config.json"
 """The other files of a checkpoint."""
+MODE = 0o660
+"""Mode of its files, less what the umask takes: weights can tell of those they were made of."""
 _FOLDER = re.compile(r"/checkpoints/(step-\d{8})/")
 _DAMAGED = MissingObjectError, ValueError, LookupError, TypeError, AttributeError, RecursionError
 """What the bytes of a manifest may raise that were not written as one."""
@@ -57,7 +59,7 @@ def write(uri: str, facts: Mapping[str, Any]) -> None:
         {'step': 50}
     """
     sealed = json.dumps({**facts, "digest": _seal(facts)}, indent=1)
-    storage.write_bytes(storage.join(uri, MANIFEST), sealed.encode())
+    storage.write_bytes(storage.join(uri, MANIFEST), sealed.encode(), MODE)
 
 
 def read(uri: str, parts: Sequence[str] = ()) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 import random
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +216,19 @@ def test_progress_without_a_part_is_refused_before_anything_is_restored():
     with pytest.raises(CheckpointError, match="best is missing"):
         learner.restore(learner.weights(), learner.state(), {"step": 3})
     assert learner.step == 7
+
+
+@pytest.fixture(params=[(0o022, 0o640), (0o077, 0o600), (0o002, 0o660), (0, 0o660)])
+def umask(request):
+    mask, mode = request.param
+    before = os.umask(mask)
+    yield mode
+    os.umask(before)
+
+
+def test_files_of_checkpoints_are_not_the_worlds_to_read(umask, tmp_path):
+    uri = write(str(tmp_path / "one"))
+    checkpoint.add_validation(str(tmp_path / "one"), Snapshot(1, {}, {}, metrics={"mean": 0.6}))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in Path(uri).iterdir()}
+    names = (checkpoint.WEIGHTS, checkpoint.STATE, checkpoint.CONFIG, manifest.MANIFEST)
+    assert modes == dict.fromkeys(names, umask)
