@@ -15,7 +15,7 @@ from mlflow.artifacts import download_artifacts
 
 from raybrats.config import TrainConfig, from_json
 from raybrats.errors import CheckpointError, UsageError
-from raybrats.registry.server import tracking_errors
+from raybrats.registry.server import check_reachable, tracking_errors
 from raybrats.registry.tracking import default_server
 from raybrats.train import manifest
 from raybrats.train.manifest import CONFIG, WEIGHTS
@@ -134,6 +134,7 @@ def resolve(model_uri: str, tracking_uri: str) -> str:
     if match is None:
         raise UsageError(f"{model_uri!r}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()
+    check_reachable(tracking_uri)
     with tracking_errors(tracking_uri):
         client = MlflowClient(tracking_uri, tracking_uri)
         if alias:
@@ -154,6 +155,7 @@ def run_id_of(model_uri: str, tracking_uri: str) -> str:
         '9c1c71ab3fe94d5c8c2a54f6d4e1f0b7'
     """
     name, _, version = model_uri.removeprefix("models:/").partition("/")
+    check_reachable(tracking_uri)
     with tracking_errors(tracking_uri):
         found = MlflowClient(tracking_uri, tracking_uri).get_model_version(name, version)
     return str(found.run_id or "")
@@ -170,6 +172,7 @@ def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
         >>> newest["version"], newest["aliases"], newest["dice_mean"]  # doctest: +SKIP
         ('3', 'champion', '0.873214')
     """
+    check_reachable(tracking_uri)
     with tracking_errors(tracking_uri):
         client = MlflowClient(tracking_uri, tracking_uri)
         aliases: dict[str, list[str]] = {}

@@ -13,6 +13,7 @@ import sqlalchemy.exc
 from mlflow import MlflowClient
 
 from raybrats.errors import TrackingError, redacted
+from raybrats.registry import database
 
 _TRANSPORT_ERRORS = (
     mlflow.exceptions.MlflowException,
@@ -29,25 +30,31 @@ _CONNECT_TIMEOUT_S = 12.0
 three tries included; a server that accepts and never answers holds the client for 3 x 30 s."""
 
 
-def check_reachable(uri: str) -> None:
-    """Waits for the server's first answer, a few seconds at most.
+def check_reachable(uri: str, *, create: bool = False) -> None:
+    """Waits for the first answer of a server or a database, a few seconds at most.
 
     MLflow's client bounds each read of a socket, not what a call takes in all (name service,
     addresses, tries), so the question is asked in a thread that is left behind if need be.
 
+    Args:
+        uri: tracking URI.
+        create: whether a missing SQLite file is made; a look-up makes none.
+
     Raises:
-        TrackingError: the server is out of reach.
+        TrackingError: it is out of reach, or there is none.
 
     Example:
-        >>> check_reachable("sqlite:///mlflow.db")  # a file always is
+        >>> check_reachable("sqlite:///mlflow.db", create=True)
     """
-    if uri.startswith("sqlite:"):  # nothing to wait for but its first migration
-        return
     answer: Future[object] = Future()
 
     def ask() -> None:
-        try:  # a question that every server can answer quickly
-            answer.set_result(MlflowClient(uri).get_experiment_by_name("Default"))
+        try:
+            if database.is_database(uri):
+                database.check(uri, create=create)
+            else:  # a question that every server can answer quickly
+                MlflowClient(uri).get_experiment_by_name("Default")
+            answer.set_result(None)
         except Exception as error:
             answer.set_exception(error)
 

@@ -87,7 +87,7 @@ def start(
         'sqlite:////home/me/runs/mlflow.db'
     """
     uri = tracking_uri(config)
-    check_reachable(uri)
+    check_reachable(uri, create=True)
     with tracking_errors(uri):
         client = MlflowClient(uri)
         labels = {"raybrats.recipe": config.recipe, **(tags or {})}
@@ -137,6 +137,7 @@ def curves(run: Run) -> dict[str, Curve]:
         >>> curves(run)["val/dice_mean"]  # doctest: +SKIP
         Curve(steps=(50, 100, 150), values=(0.41, 0.77, 0.83))
     """
+    check_reachable(run.uri)
     with tracking_errors(run.uri):
         client = MlflowClient(run.uri)
         names = client.get_run(run.run_id).data.metrics
@@ -158,6 +159,7 @@ def logged_parameters(run: Run) -> dict[str, str]:
         >>> logged_parameters(run)["optim.steps"]  # doctest: +SKIP
         '150'
     """
+    check_reachable(run.uri)
     with tracking_errors(run.uri):
         return dict(MlflowClient(run.uri).get_run(run.run_id).data.params)
 
@@ -185,6 +187,8 @@ def _experiment_id(client: MlflowClient, config: TrainConfig) -> str:
     location = None
     if client.tracking_uri.startswith("sqlite:"):  # without a server, artifacts go beside the runs
         location = storage.join(storage.absolute(config.run.storage_uri), "mlartifacts")
+        if not storage.is_remote(location):  # models lie in it, as weights do in checkpoints
+            Path(location).mkdir(mode=0o770, parents=True, exist_ok=True)
     return client.create_experiment(name, artifact_location=location)
 
 
