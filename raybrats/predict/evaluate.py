@@ -209,9 +209,10 @@ def _label_files(uri: str, values: LabelValues, kind: str) -> Mapping[str, Label
 def _plain_files(uri: str, values: LabelValues, kind: str) -> dict[str, LabelFile]:
     """Label files of a folder that holds nothing else; both kinds may lie side by side."""
     storage.require(uri)
-    files = [u for u in storage.list_objects(uri) if layout.is_volume(u)]
+    objects = storage.list_objects(uri)
+    files = [u for u in objects if layout.is_volume(u)]
     labels = [u for u in files if not layout.is_modality(u)]
-    if len(labels) < len(files) or storage.exists(storage.join(uri, "dataset.json")):
+    if len(labels) < len(files) or any(storage.name(u) == "dataset.json" for u in objects):
         return {}
     marked = [u for u in labels if layout.is_reference(u)]
     if 0 < len(marked) < len(labels):
