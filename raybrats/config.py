@@ -7,7 +7,6 @@ that need them, so the mathematics runs where neither is installed.
 import hashlib
 import json
 import math
-import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -15,7 +14,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Literal
 
 from raybrats.brats import MODALITIES, Modality
-from raybrats.errors import UsageError
+from raybrats.errors import UsageError, holds_credentials, redacted
 
 NUM_FOLDS = 5
 """Folds of every cohort (nnU-Net: 5)."""
@@ -29,8 +28,10 @@ def _require(holds: bool, name: str, rule: str, value: object) -> None:
 
 def _require_no_secret(name: str, uri: str) -> None:
     rule = "a URI without credentials (they would be stored with the run; use the environment)"
-    holds = not re.search(r"://[^/]*@", uri)
-    _require(holds, name, rule, re.sub(r"://[^/]*@", "://***@", uri))
+    shown = redacted(uri)
+    if shown == uri:  # what is not seen at once, such as %70assword=, is not shown at all
+        shown = f"{uri.partition('://')[0]}://***"
+    _require(not holds_credentials(uri), name, rule, shown)
 
 
 class Section:

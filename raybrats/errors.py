@@ -5,6 +5,24 @@ Every message says what happened, where, and what to do about it, in one line.
 
 import re
 from typing import ClassVar
+from urllib.parse import parse_qsl, urlsplit
+
+_SECRET_NAME = re.compile(r"pass|pwd|token|secret|key|credential|auth|sig", re.IGNORECASE)
+"""What the names of parameters have within them whose values are nobody else's business."""
+_SECRETS = (
+    (
+        re.compile(rf"([?&;#][^=&;#\s\"]*(?:{_SECRET_NAME.pattern})[^=&;#\s\"]*=)[^\s\"]+", re.I),
+        r"\1***",
+    ),
+    # A password may hold anything, so it ends at the last @; a bucket or a path may hold one too,
+    # but no colon before the first slash.
+    (re.compile(r"(?<=://)(?:[^/\s\"@]*:[^\s\"]*|[^/\s\"]+)@"), "***@"),
+    (
+        re.compile(r"((?:https?|ftp|\w+sql)(?:\+\w+)?://)[^/\s\"][^\s\"]*@", re.IGNORECASE),
+        r"\1***@",
+    ),
+)
+"""Places of credentials in a text, and what is shown of each."""
 
 
 class RaybratsError(Exception):
@@ -101,10 +119,30 @@ def cause_of(error: BaseException | None) -> RaybratsError | None:
 
 
 def redacted(text: str) -> str:
-    """The text without the credentials in its URIs.
+    """The text without the credentials in its URIs, whichever characters they hold.
+
+    Rather too much is hidden than too little: what a server's path holds before an @, for example.
 
     Example:
-        >>> redacted("no answer from http://me:secret@mlflow:5000")
-        'no answer from http://***@mlflow:5000'
+        >>> redacted("no answer from http://me:sec/ret@mlflow:5000/?token=abc")
+        'no answer from http://***@mlflow:5000/?token=***'
     """
-    return re.sub(r"(?<=://)[^/\s\"]+@", "***@", text)
+    for pattern, shown in _SECRETS:
+        text = pattern.sub(shown, text)
+    return text
+
+
+def holds_credentials(uri: str) -> bool:
+    """Whether a URI has a user, a password or the like within it.
+
+    Example:
+        >>> holds_credentials("postgresql://db/mlflow?password=hush")
+        True
+        >>> holds_credentials("s3://bucket/runs@home")
+        False
+    """
+    try:
+        names = [name for name, _ in parse_qsl(urlsplit(uri).query, keep_blank_values=True)]
+    except ValueError:
+        names = []
+    return redacted(uri) != uri or any(_SECRET_NAME.search(name) for name in names)

@@ -12,7 +12,7 @@ import numpy as np
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from raybrats import cluster, storage
+from raybrats import cluster, errors, storage
 from raybrats.data.cohort import index
 from raybrats.data.cohort.case import BAD, Case
 from raybrats.data.nifti.volume import encode_labels
@@ -20,6 +20,7 @@ from raybrats.errors import DataError, MissingObjectError, RaybratsError, UsageE
 from raybrats.predict.patient import open_case_for
 from raybrats.progress import Display
 from raybrats.registry import load, tracking
+from raybrats.registry.tracking import Run
 from raybrats.table import table
 
 RECORD = "predictions.json"
@@ -63,7 +64,7 @@ class Settings:
     """Settings that all predicting workers share."""
 
     model: str
-    tracking_uri: str
+    server: Run
     out_uri: str
     threads: int
     """Threads that torch may use in each worker."""
@@ -172,7 +173,8 @@ def _segment_all(
     total = cluster.resources()
     gpu = total["GPU"] > 0
     size = min(len(cases), max(1, int(total["GPU"] if gpu else total["CPU"] // 2)))
-    settings = Settings(model, tracking_uri, out_uri, threads=math.ceil(total["CPU"] / size / 2))
+    server = Run(tracking_uri, run_id="")  # with what the environment says of us
+    settings = Settings(model, server, out_uri, threads=math.ceil(total["CPU"] / size / 2))
     rows = [{"number": number} for number in range(len(cases))]
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         # Ray documents that this may be a class; its annotation knows functions only.
@@ -185,10 +187,18 @@ def _segment_all(
     failed = []
     with Display("predicting", len(cases)) as display:
         for done, row in enumerate(results.iter_rows(), start=1):
+            if row["fatal"]:
+                raise _error(row["fatal"], row["reason"])
             display.show(done, row["case_id"])
             if row["reason"]:
                 failed.append({"case_id": row["case_id"], "reason": row["reason"]})
     return failed
+
+
+def _error(kind: str, words: str) -> RaybratsError:
+    """An error of the kind that has this name, as rows of Ray Data hold text only."""
+    found = getattr(errors, kind)(words)
+    return found if isinstance(found, RaybratsError) else RaybratsError(words)
 
 
 def segment_case(case: Case, model: load.Model, out_uri: str) -> None:
@@ -216,14 +226,22 @@ class _Worker:
 
         torch.set_num_threads(settings.threads)
         self._out_uri, self._cases = settings.out_uri, cases
-        self._model = load.load(settings.model, settings.tracking_uri)
+        self._model: load.Model | RaybratsError
+        settings.server.enter()
+        try:
+            self._model = load.load(settings.model, settings.server.uri)
+        except RaybratsError as error:  # what is raised here Ray tells in hundreds of lines
+            self._model = error
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         case, reason = self._cases[int(row["number"])], ""
+        if isinstance(self._model, RaybratsError):
+            kind = type(self._model).__name__
+            return {"case_id": case.case_id, "reason": str(self._model), "fatal": kind}
         try:
             segment_case(case, self._model, self._out_uri)
         except RaybratsError as error:
             reason = str(error)
         except Exception as error:  # such as a GPU out of memory: the other cases go on
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        return {"case_id": case.case_id, "reason": reason}
+        return {"case_id": case.case_id, "reason": reason, "fatal": ""}

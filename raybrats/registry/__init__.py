@@ -11,8 +11,9 @@ for _name, _value in {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }.items():
     os.environ.setdefault(_name, _value)
+# Links that repeat the URI, credentials included, are not for the terminal.
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 # Nothing that a registry or a run holds is ever unpickled, whatever the user's environment says.
 os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"

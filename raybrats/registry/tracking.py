@@ -3,7 +3,7 @@
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import mlflow
@@ -19,14 +19,38 @@ _LOGGED_SECTIONS = ("data", "augment", "network", "loss", "optim", "validation",
 """Sections of the configuration whose fields become parameters."""
 
 
+_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""Variables from which MLflow's client takes whom it is to be."""
+
+
+def credentials() -> dict[str, str]:
+    """The variables of this process that say who it is at an MLflow server.
+
+    Example:
+        >>> credentials()  # where none is set
+        {}
+    """
+    return {name: os.environ[name] for name in _CREDENTIALS if name in os.environ}
+
+
 @dataclass(frozen=True)
 class Run:
-    """An MLflow run, as it is handed to workers."""
+    """An MLflow run, as it is handed to workers: by pickle, and stored nowhere."""
 
-    uri: str
-    """Tracking URI of its server."""
+    uri: str = field(repr=False)
+    """Tracking URI of its server; of the environment, it may hold credentials."""
     run_id: str
     """Id at that server; empty if there was no server when the run began."""
+    variables: Mapping[str, str] = field(default_factory=credentials, repr=False, compare=False)
+    """`credentials` of the process that made it."""
+
+    def enter(self) -> None:
+        """Makes this process, a worker's, who the driver is at the server.
+
+        Example:
+            >>> Run("http://mlflow:5000", run_id="").enter()
+        """
+        os.environ.update(self.variables)
 
 
 @dataclass(frozen=True)
@@ -86,7 +110,7 @@ def start(
         >>> run.uri  # doctest: +SKIP
         'sqlite:////home/me/runs/mlflow.db'
     """
-    uri = tracking_uri(config)
+    uri = parent.uri if parent is not None else tracking_uri(config)
     check_reachable(uri, create=True)
     with tracking_errors(uri):
         client = MlflowClient(uri)

@@ -68,6 +68,7 @@ class Lead(Follower):
         self.rejected, self.uncached, self.unsent = rejected, 0, ""
         self._learner, self._board, self._posted_s = learner, job.board, 0.0
         run = job.tracking
+        run.enter()
         self._log = MetricLog(run, record.metrics_uri(job.run_uri))
         # What a checkpoint has behind it is not trained again, so its metrics are safe first.
         self._saver = Saver(job.run_uri, run.run_id, resumed, first=self._log.flush)

@@ -125,7 +125,8 @@ def open_tracking(
         >>> open_tracking(config, "runs/one", None, cases).run_id  # doctest: +SKIP
         '78aba7e7bf49483c929b383279d8b227'
     """
-    run = Run(tracking.tracking_uri(config), known.mlflow_run_id if known else "")
+    uri = parent.uri if parent else tracking.tracking_uri(config)
+    run = Run(uri, known.mlflow_run_id if known else "")
     try:
         if run.run_id:
             tracking.resume(run)

@@ -16,7 +16,7 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.sample import Domain
 
 from raybrats import cluster, storage
-from raybrats.config import TrainConfig, override_all
+from raybrats.config import TrainConfig, override, override_all
 from raybrats.data.cohort.case import Case
 from raybrats.errors import CheckpointError, RaybratsError, TrackingError, UsageError, cause_of
 from raybrats.recipes import named
@@ -97,12 +97,9 @@ def search(
         0.74
     """
     config = named(config, datetime.now().strftime("%Y%m%d-%H%M%S"))
-    # Trials run elsewhere, where relative paths and this process' environment mean nothing.
-    uris = {
-        "run.storage_uri": storage.absolute(config.run.storage_uri),
-        "tracking.uri": tracking.tracking_uri(config),
-    }
-    config = override_all(config, uris)
+    # Trials run elsewhere, where relative paths mean nothing; the server is that of the parent.
+    config = override(config, "run.storage_uri", storage.absolute(config.run.storage_uri))
+    tracking.tracking_uri(config)  # there is one
     domains = space_of(space, config)
     if not config.tracking.required:
         raise UsageError("tracking.required must be true in a sweep, which compares by MLflow")
@@ -202,6 +199,7 @@ def _tuner(
 
 def _run_trial(overrides: dict[str, Any], shared: Search) -> None:
     """Runs in a Tune trial: an attempt at a run with these fields, below the sweep's MLflow run."""
+    shared.parent.enter()
     trial = shared.trial_config(overrides, tune.get_context().get_trial_id())
     at_once = shared.num_at_once
     try:
