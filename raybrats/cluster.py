@@ -3,9 +3,12 @@
 import logging
 import os
 import re
+import secrets
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,6 +68,8 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     if ray.is_initialized():
         return
     address = checked_address()
+    if address is None:
+        _make_token()
     try:
         with handlers_kept():
             ray.init(
@@ -218,8 +223,22 @@ def _no_cluster(where: str, reason: str) -> ResourcesError:
     return ResourcesError(f"Ray cluster {where}: {first}")
 
 
+def _make_token() -> None:
+    """Makes Ray's token where Ray would, but readable for its owner alone from the first moment."""
+    named = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    place = Path.home() / ".ray" / "auth_token"
+    if named or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or place.exists():
+        return
+    with suppress(OSError):  # Ray meets the same, and says so
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=place.parent) as aside:  # its mode is 0600
+            aside.write(secrets.token_hex(32))
+            aside.flush()
+            os.link(aside.name, place)  # whole at once; one that somebody has made meanwhile stays
+
+
 def _protect_token() -> None:
-    """Ray writes its token readable for all; whoever has it runs code as this user."""
+    """Ray has written tokens readable for all; whoever has it runs code as this user."""
     token = Path.home() / ".ray" / "auth_token"
     if token.is_file() and token.stat().st_uid == os.getuid():
         token.chmod(stat.S_IRUSR | stat.S_IWUSR)
