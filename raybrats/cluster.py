@@ -7,8 +7,8 @@ import secrets
 import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,7 +71,7 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     if address is None:
         _make_token()
     try:
-        with handlers_kept():
+        with handlers_kept(), _log_level_not_told():
             ray.init(
                 address=address or "local",
                 logging_level=logging.ERROR,
@@ -200,6 +200,25 @@ def each(
             if (cause := cause_of(error)) is not None:
                 raise cause from error  # its own words, not the traceback around them
             raise
+
+
+@contextmanager
+def _log_level_not_told() -> Generator[None]:
+    """Within it stderr is held back; that Ray was given a log level is left out of it.
+
+    It is native code that says so, to the descriptor.
+    """
+    with tempfile.TemporaryFile() as held:
+        own = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+            held.seek(0)
+            with suppress(OSError):
+                os.write(2, b"".join(line for line in held if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
 def _silence(host: str, port: int) -> str:

@@ -178,7 +178,8 @@ def test_a_verb_at_work_is_interrupted_in_one_line(verb, number, tree, ray_clust
         "evaluate": f"evaluate {tree} {tree} --edition 2021",
     }
     process = started(words[verb], **ray_cluster.environment)
-    assert process.stderr.readline().startswith(("indexing: ", "evaluating: "))  # it is at work
+    first = process.stderr.readline()
+    assert first.startswith(("indexing: ", "evaluating: ")), first  # it is at work
     begun_s = time.monotonic()
     process.send_signal(number)
     code, out, err = ended(process)
