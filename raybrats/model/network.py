@@ -124,11 +124,30 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
             tensor.copy_(weights[name])
 
 
+def num_bytes(config: TrainConfig) -> int:
+    """Bytes of the weights of a run's network, which is not made.
+
+    Raises:
+        CheckpointError: there can be no such network.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> num_bytes(tiny())
+        1405676
+    """
+    try:
+        with torch.device("meta"):
+            network = build(config.network, len(config.data.modalities), config.spatial_dims)
+    except (RuntimeError, ValueError, MemoryError) as error:  # RecursionError is of the first kind
+        raise CheckpointError(f"a network that cannot be: {config.network}"[:300]) from error
+    return sum(tensor.nbytes for tensor in weights_of(network).values())
+
+
 def trained_network(config: TrainConfig, weights: Mapping[str, Tensor]) -> nn.Module:
     """The network of a run with its weights, for inference, on a GPU where there is one.
 
     Raises:
-        CheckpointError: the weights are those of another network.
+        CheckpointError: the weights are those of another network, which is then not made.
 
     Example:
         >>> from raybrats.recipes import tiny
@@ -136,6 +155,9 @@ def trained_network(config: TrainConfig, weights: Mapping[str, Tensor]) -> nn.Mo
         >>> trained_network(tiny(), weights).training
         False
     """
+    due, found = num_bytes(config), sum(tensor.nbytes for tensor in weights.values())
+    if due > found:  # before memory is taken for what a configuration may claim
+        raise CheckpointError(f"weights of another network: {found} bytes, not {due}")
     network = build(config.network, len(config.data.modalities), config.spatial_dims)
     load_weights(network, weights)
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()

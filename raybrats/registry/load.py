@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
+from mlflow.artifacts import download_artifacts, list_artifacts
 
 from raybrats.config import TrainConfig, from_json
 from raybrats.errors import CheckpointError, UsageError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _SCORES = ("dice_WT", "dice_TC", "dice_ET", "dice_mean")
 """Tags of a version that are shown."""
+_MOST_CONFIG, _MOST_HEADER = 2**16, 2**20
+"""Bytes of a configuration, and of names and shapes in a file of weights: 4 KB and 40 KB."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +66,21 @@ def load(model_uri: str, tracking_uri: str) -> Model:
         tags = MlflowClient(tracking_uri, tracking_uri).get_model_version(model, version).tags
     if "weights_sha256" not in tags:
         raise UsageError(f"{name}: not a model that raybrats registered")
-    files = _files(name, tracking_uri)
-    if hashlib.sha256(files[WEIGHTS]).hexdigest() != tags["weights_sha256"]:
+    # torch takes a second, which a look-up of versions need not wait for
+    from raybrats.model.network import num_bytes
+    from raybrats.train import parts
+
+    try:
+        config = from_json(_file(name, CONFIG, tracking_uri, _MOST_CONFIG))
+    except ValueError:
+        words = "its configuration is damaged, or of another version of raybrats"
+        raise CheckpointError(f"{name}: {words}; take another version") from None
+    weights = _file(name, WEIGHTS, tracking_uri, num_bytes(config) + _MOST_HEADER)
+    if hashlib.sha256(weights).hexdigest() != tags["weights_sha256"]:
         raise CheckpointError(
             f"{name}: its weights are not those that were registered; take another version"
         )
-    try:
-        config = from_json(files[CONFIG])
-    except ValueError:
-        raise CheckpointError(
-            f"{name}: its configuration is damaged; take another version"
-        ) from None
-    from safetensors.torch import load as tensors  # torch takes a second
-
-    return _model(name, config, tensors(files[WEIGHTS]))
+    return _model(name, config, parts.tensors(weights, name))
 
 
 def load_checkpoint(uri: str) -> Model:
@@ -193,7 +197,9 @@ def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
 
 
 def _rounded(score: str) -> str:
-    return f"{float(score):.6f}" if score else ""
+    with suppress(ValueError):  # none, or what somebody else has written there
+        return f"{float(score):.6f}"
+    return score
 
 
 def _model(name: str, config: TrainConfig, weights: "Mapping[str, Tensor]") -> Model:
@@ -206,16 +212,22 @@ def _model(name: str, config: TrainConfig, weights: "Mapping[str, Tensor]") -> M
     return Model(name, config.data.modalities, predict, config.augment.drop_modality > 0)
 
 
-def _files(name: str, tracking_uri: str) -> dict[str, bytes]:
-    """The weights and the configuration of a version, and nothing else that it holds."""
-    files = {}
+def _file(name: str, file: str, tracking_uri: str, limit: int) -> bytes:
+    """A file of a version, and nothing else that the version holds.
+
+    Raises:
+        CheckpointError: it is larger than it may be, and not fetched.
+    """
     with (
         TemporaryDirectory() as folder,
         default_server(tracking_uri),
         tracking_errors(tracking_uri),
     ):
-        for file in (CONFIG, WEIGHTS):
-            uri = f"{name}/artifacts/{file}"
-            path = download_artifacts(uri, dst_path=folder, tracking_uri=tracking_uri)
-            files[file] = Path(path).read_bytes()
-    return files
+        held = list_artifacts(f"{name}/artifacts", tracking_uri=tracking_uri)
+        sizes = {each.path.rpartition("/")[2]: each.file_size or 0 for each in held}
+        if sizes.get(file, 0) > limit:
+            words = f"{file} has {sizes[file]} bytes where {limit} would be many"
+            raise CheckpointError(f"{name}: {words}; take another version")
+        uri = f"{name}/artifacts/{file}"
+        path = download_artifacts(uri, dst_path=folder, tracking_uri=tracking_uri)
+        return Path(path).read_bytes()

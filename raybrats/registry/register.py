@@ -6,7 +6,7 @@ import importlib.util
 import tempfile
 import warnings
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,5 +175,8 @@ def _choose_alias(client: MlflowClient, name: str, score: float, held_out: str) 
     if CHAMPION not in aliases:
         return CHAMPION
     tags = client.get_model_version(name, aliases[CHAMPION]).tags
-    comparable = tags.get("held_out") == held_out
-    return CHAMPION if comparable and score > float(tags["dice_mean"]) else CHALLENGER
+    if tags.get("held_out") != held_out:
+        return CHALLENGER
+    with suppress(KeyError, ValueError):  # somebody else has written it, who keeps the name
+        return CHAMPION if score > float(tags["dice_mean"]) else CHALLENGER
+    return CHALLENGER

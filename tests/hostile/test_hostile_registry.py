@@ -1,5 +1,7 @@
 """Registered models are data: what else lies in a registry is neither run nor believed."""
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,3 +111,47 @@ def test_a_tie_does_not_take_over_however_many_digits_it_has(config):
     mean = 0.1234564999
     versions = [registered(config, weights(seed), mean, "ties") for seed in (0, 1)]
     assert [version.alias for version in versions] == ["champion", "challenger"]
+
+
+def test_a_file_larger_than_its_network_is_not_fetched(config):
+    """A sparse file of 4 GB, whose digest is not taken either."""
+    version = registered(config, weights(), model="larger")
+    place = folder_of(version, config) / "artifacts" / checkpoint.WEIGHTS
+    with place.open("r+b") as file:
+        file.truncate(4 * 2**30)
+    with pytest.raises(
+        CheckpointError, match=r"larger/1: weights\.safetensors has 4294967296 bytes"
+    ):
+        load.load(f"models:/larger/{version.version}", config.tracking.uri)
+
+
+@pytest.mark.parametrize("widths", [[10**9] * 3, [10**5] * 3, [64, 64, 64]])
+def test_a_network_larger_than_its_weights_is_not_made(config, widths):
+    name = f"claims{widths[0]}"
+    version = registered(config, weights(), model=name)
+    place = folder_of(version, config) / "artifacts" / checkpoint.CONFIG
+    text = place.read_text()
+    place.write_text(json.dumps(json.loads(text) | {"network": {"widths": widths}}))
+    with pytest.raises(CheckpointError, match="network") as said:
+        load.load(f"models:/{name}/{version.version}", config.tracking.uri)
+    assert "\n" not in str(said.value)
+
+
+def test_bytes_that_are_no_weights_are_refused_though_their_digest_fits(config):
+    version = registered(config, weights(), model="fits")
+    place, data = folder_of(version, config) / "artifacts" / checkpoint.WEIGHTS, b"[" * 1000
+    place.write_bytes(data)
+    client = MlflowClient(config.tracking.uri)
+    tag = ("weights_sha256", hashlib.sha256(data).hexdigest())
+    client.set_model_version_tag("fits", version.version, *tag)
+    with pytest.raises(CheckpointError, match=r"fits/1: not a file of weights") as said:
+        load.load(f"models:/fits/{version.version}", config.tracking.uri)
+    assert "\n" not in str(said.value)
+
+
+def test_a_score_that_somebody_else_wrote_is_listed_and_not_beaten(config):
+    version = registered(config, weights(), model="odd")
+    client = MlflowClient(config.tracking.uri)
+    client.set_model_version_tag("odd", version.version, "dice_mean", "much")
+    assert load.versions(config.tracking.uri, "odd")[0]["dice_mean"] == "much"
+    assert registered(config, weights(seed=1), 0.9, model="odd").alias == "challenger"
