@@ -86,7 +86,7 @@ def test_a_trial_that_is_killed_resumes_in_its_own_mlflow_run(base, ray_cluster)
 def started(config, ray_cluster):
     """The sweep as another process: two trials that would go on for long."""
     words = [
-        *("tune", "tiny", "--trials", "2", "--space", *SPACE, "--run.name", "stop"),
+        *("tune", "tiny", "--trials", "2", "--space", *SPACE, "--run.name", config.run.name),
         *("--run.storage_uri", config.run.storage_uri, "--data.cohort", config.data.cohort),
         *("--data.patch_size", "16", "16", "16", "--network.widths", "4", "8", "8"),
         *("--cluster.workers", "1", "--optim.steps", "20000", "--run.save_every_steps", "100"),
@@ -95,7 +95,48 @@ def started(config, ray_cluster):
     ]
     environment = {**os.environ, **ray_cluster.of_workers, **ray_cluster.environment}
     command = [str(Path(sys.executable).with_name("raybrats")), *words]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    group = {"start_new_session": True}  # as in a terminal, whose signals go to all of it
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **group)
+
+
+def statuses(config, run_ids):
+    """Those of some trials, and of the sweep above them."""
+    client = MlflowClient(config.tracking.uri)
+    runs = [client.get_run(run_id) for run_id in run_ids]
+    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in runs}
+    return {run.info.status for run in (*runs, client.get_run(parent))}
+
+
+def test_an_interrupted_sweep_saves_what_its_trials_have(base, ray_cluster):
+    """Ctrl-C: SIGINT to the driver's group of processes."""
+    config = override_all(base, {"run.name": "interrupt"})
+    driver = started(config, ray_cluster)
+    before = until(lambda: {uri: max(saved(uri)) for uri in trials(config) if saved(uri)})
+    os.killpg(driver.pid, signal.SIGINT)
+    _, said = driver.communicate(timeout=240)
+    assert driver.returncode == 130, said[-3000:]
+    assert [line for line in said.splitlines() if "interrupted" in line]
+    assert "Traceback" not in said
+    assert all(max(saved(uri)) > step for uri, step in before.items())
+    assert statuses(config, [record.read(uri).mlflow_run_id for uri in before]) == {"KILLED"}
+
+
+def test_a_sweep_that_is_stopped_before_its_trials_begin_is_killed_too(base, ray_cluster):
+    config = override_all(base, {"run.name": "early"})
+    driver = started(config, ray_cluster)
+    client = MlflowClient(config.tracking.uri)
+
+    def begun():
+        found = client.get_experiment_by_name("sweeps")
+        name = "attributes.run_name = 'early'"
+        return found and client.search_runs([found.experiment_id], name)
+
+    parent, *_ = until(begun)
+    driver.send_signal(signal.SIGTERM)
+    _, said = driver.communicate(timeout=240)
+    assert driver.returncode == 130, said[-3000:]
+    assert len([line for line in said.splitlines() if line.startswith("raybrats: ")]) == 1, said
+    assert client.get_run(parent.info.run_id).info.status == "KILLED"
 
 
 def test_a_sweep_outlives_a_killed_trial_and_is_stopped_with_checkpoints(base, ray_cluster):
