@@ -170,8 +170,10 @@ def test_what_is_wrong_without_ray_is_told_without_ray(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("verb", ["index", "evaluate"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("verb", "number"), [("index", signal.SIGTERM), ("evaluate", signal.SIGINT)]
+)
 def test_a_verb_at_work_is_interrupted_in_one_line(verb, number, tree, ray_cluster, tmp_path):
     words = {
         "index": f"index {tree} --out {tmp_path}/c.parquet",
