@@ -152,6 +152,8 @@ def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
 @contextmanager
 def _quiet() -> Generator[None]:
     """Within it MLflow prints nothing of what it registers, for which nobody has asked here."""
+    # Its import, which MLflow puts off, ends with turning the words on again.
+    importlib.import_module("mlflow.types.responses")
     disable_logging()
     try:
         yield
