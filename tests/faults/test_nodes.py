@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not SOAK, reason="a node more, for a minute and a half each: make soak"),
 ]
-NOTICE_S = 6
+NOTICE_S = 10
 COORDINATOR_S = 25
 """Ray's coordinator looks for new nodes every 20 s; an elastic run starts with those it knows."""
 STEPS = 100
