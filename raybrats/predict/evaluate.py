@@ -217,8 +217,13 @@ def _plain_files(uri: str, values: LabelValues, kind: str) -> dict[str, LabelFil
     marked = [u for u in labels if layout.is_reference(u)]
     if 0 < len(marked) < len(labels):
         labels = marked if kind == "references" else [u for u in labels if u not in set(marked)]
-    ids = [layout.case_id_of(u) for u in labels]
-    return {i: LabelFile(i, u, values) for i, u in zip(ids, labels, strict=True)}
+    found: dict[str, LabelFile] = {}
+    for file in (LabelFile(layout.case_id_of(u), u, values) for u in labels):
+        if file.case_id in found:
+            two = f"{found[file.case_id].uri} and {file.uri}"
+            raise DataError(f"{two} are both of case {file.case_id}; leave one")
+        found[file.case_id] = file
+    return found
 
 
 def _own_values(file: LabelFile) -> LabelValues:

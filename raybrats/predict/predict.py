@@ -103,8 +103,8 @@ def predict(
     cases = [c for c in index.load(cohort_uri, verify=False) if fold in (None, c.fold)]
     if not cases:
         raise DataError(f"{cohort_uri}: no case in fold {fold}")
-    _record_model(out_uri, model)
     there = {storage.name(uri) for uri in storage.list_objects(out_uri)}
+    _record_model(out_uri, model, sorted(there & {file_name(c) for c in cases}))
     bad = [{"case_id": c.case_id, "reason": c.reason} for c in cases if c.status == BAD]
     good = [c for c in cases if c.status != BAD]
     todo = [c for c in good if file_name(c) not in there]
@@ -125,17 +125,20 @@ def file_name(case: Case) -> str:
     return f"{case.case_id}.nii.gz"
 
 
-def _record_model(out_uri: str, model: str) -> None:
+def _record_model(out_uri: str, model: str, there: Sequence[str]) -> None:
     """Records the model beside its predictions, so that two models never mix in one folder.
 
     Raises:
-        UsageError: the folder holds predictions of another model.
+        UsageError: the folder holds predictions of another model, or of nobody knows which.
         DataError: it does not say of which.
     """
     record = storage.join(out_uri, RECORD)
     try:
         before = recorded_model(out_uri)
     except MissingObjectError:
+        if there:
+            words = f"{there[0]} and no {RECORD} that says whose it is; choose another --out"
+            raise UsageError(f"{out_uri} holds {words}") from None
         storage.write_bytes(record, json.dumps({"model": model}).encode())
         return
     if before != model:

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 from mlflow.utils.logging_utils import disable_logging, enable_logging
 from safetensors import SafetensorError
@@ -119,7 +119,6 @@ def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
     with (
         default_server(run.uri),
         tempfile.TemporaryDirectory() as folder,
-        mlflow.start_run(run_id=run.run_id),
         warnings.catch_warnings(),
         _quiet(),
     ):
@@ -128,8 +127,12 @@ def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
         weights, settings = Path(folder, checkpoint.WEIGHTS), Path(folder, checkpoint.CONFIG)
         weights.write_bytes(files[checkpoint.WEIGHTS])
         settings.write_text(to_json(config))
-        info = mlflow.pyfunc.log_model(
+        # pyfunc.log_model takes the active run, which may be the user's own of another experiment.
+        info = Model.log(
+            artifact_path=None,
             name="model",
+            flavor=mlflow.pyfunc,
+            run_id=run.run_id,
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"weights": str(weights), "config": str(settings)},
             code_paths=[str(Path(__file__).parents[1])],

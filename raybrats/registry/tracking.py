@@ -1,6 +1,7 @@
 """One MLflow run over all restarts: its parameters, its state, its curves."""
 
 import os
+import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ from raybrats.registry.server import check_reachable, tracking_errors
 _LOGGED_SECTIONS = ("data", "augment", "network", "loss", "optim", "validation", "cluster")
 """Sections of the configuration whose fields become parameters."""
 
+_DEFAULT = threading.Lock()
+"""Held by whoever has made a server MLflow's default one."""
 
 _CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 """Variables from which MLflow's client takes whom it is to be."""
@@ -218,23 +221,28 @@ def _experiment_id(client: MlflowClient, config: TrainConfig) -> str:
 
 @contextmanager
 def default_server(uri: str) -> Generator[None]:
-    """Sends MLflow's fluent calls to this server, and leaves the environment as it was.
+    """Sends MLflow's fluent calls to this server, and leaves what the user has set as it was.
 
     MLflow also writes the URI into the environment, where later runs would take it for the user's.
+    It keeps one URI for all threads, so they wait for each other here.
 
     Example:
         >>> with default_server("http://mlflow:5000"):  # doctest: +SKIP
         ...     model = mlflow.pyfunc.load_model("models:/raybrats@champion")
     """
     names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-    before = {name: os.environ.get(name) for name in names}
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    with _DEFAULT:
+        before = {name: os.environ.get(name) for name in names}
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        try:
+            yield
+        finally:
+            # None: the environment counts, where what the user has set stands as well.
+            mlflow.set_tracking_uri(None)  # ty: ignore[invalid-argument-type]
+            mlflow.set_registry_uri(None)  # ty: ignore[invalid-argument-type]
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value

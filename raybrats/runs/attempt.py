@@ -152,10 +152,19 @@ def opened(
                 with suppress(TrackingError):  # the first error is the one to tell
                     tracking.finish(attempt.tracking, "KILLED" if interrupted else "FAILED")
             raise
-        try:
-            tracking.finish(attempt.tracking)
-        except TrackingError as error:
-            _LOG.warning("the run has ended, but is not closed in MLflow: %s", error)
+        close(attempt.tracking)
+
+
+def close(run: Run, status: str = "FINISHED") -> None:
+    """Closes an MLflow run whose work is done, and says so where that fails: nothing is lost.
+
+    Example:
+        >>> close(attempt.tracking)  # doctest: +SKIP
+    """
+    try:
+        tracking.finish(run, status)
+    except TrackingError as error:
+        _LOG.warning("the run has ended, but is not closed in MLflow: %s", error)
 
 
 def run_uri(config: TrainConfig) -> str:

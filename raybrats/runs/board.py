@@ -182,11 +182,11 @@ def save_all(boards: list[ActorHandle], grace_s: float) -> None:
         board.request_checkpoint.remote()
     while waiting and time.monotonic() < until:
         for board in list(waiting):
-            with suppress(ray.exceptions.GetTimeoutError):
+            with suppress(ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
                 try:
                     if ray.get(board.saved_step.remote(), timeout=1.0) >= 0:
                         waiting.remove(board)
-                except ray.exceptions.RayActorError:  # its run has ended
+                except ray.exceptions.ActorDiedError:  # its run has ended
                     waiting.remove(board)
         time.sleep(0.1)
 

@@ -36,8 +36,8 @@ class Gauges:
         """Figures of the last steps, and what the node caches were good for so far."""
         for name, gauge in self._gauges.items():
             gauge.set(float(figures[name]), tags=self._tags)
-        self._count(self._cases, "cases", tally["hits"] + tally["misses"])
-        self._count(self._hits, "hits", tally["hits"])
+        self._count(self._cases, "cases", tally["cache/hits"] + tally["cache/misses"])
+        self._count(self._hits, "hits", tally["cache/hits"])
 
     def reject(self, total: int) -> int:
         """Counts the checkpoints that did not verify so far; returns how many are new."""

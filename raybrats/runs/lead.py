@@ -82,12 +82,11 @@ class Lead(Follower):
 
         Args:
             figures: of the last steps, or of a validation.
-            tally: what the node caches were good for so far; empty with a validation.
+            tally: what the node caches were good for in this attempt; empty with a validation.
         """
-        cached = {f"cache/{name}": count for name, count in tally.items()}
-        self._log.log({**figures, **cached}, self._learner.step)
+        self._log.log({**figures, **(self._learner.cached if tally else {})}, self._learner.step)
         if tally:
-            self.uncached = int(tally["failed"])
+            self.uncached = int(tally["cache/failed"])
             self._gauges.show(figures, tally)
             loss, speed = figures["train/loss"], figures["patches_per_s"]
             self.remark = f"loss {loss:.3f}, {speed:.1f} patches/s"
@@ -123,7 +122,8 @@ class Lead(Follower):
                 for _ in range(2):  # one may fail
                     self._saver.save(self._learner, {})
                     self._saver.wait()
-            self._requests.answer(self._saver.saved)
+            if self._saver.saved == self._learner.step:  # else the next step tries again
+                self._requests.answer(self._saver.saved)
 
     def finish(self) -> None:
         """Sends the metrics that wait, or says why they do."""
@@ -174,8 +174,8 @@ class Requests:
         while not self._ended.wait(LOOK_EVERY_S):
             try:
                 requested = ray.get(self._board.checkpoint_requested.remote(), timeout=30)
-            except ray.exceptions.GetTimeoutError:
-                continue
+            except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+                continue  # the network comes back, or the driver has gone
             except ray.exceptions.RayError:  # the driver has gone, and this worker will
                 return
             if requested and not asked:

@@ -24,7 +24,7 @@ from raybrats.registry import tracking
 from raybrats.registry.register import Version
 from raybrats.registry.tracking import Run
 from raybrats.runs import board, launch, lease, record
-from raybrats.runs.attempt import Attempt, fitting_cases, opened, run_uri
+from raybrats.runs.attempt import Attempt, close, fitting_cases, opened, run_uri
 from raybrats.runs.run import best_scores, register_best
 from raybrats.runs.space import space_of
 from raybrats.runs.stop import Stop, on_sigterm
@@ -113,14 +113,13 @@ def search(
         shared = Search(config, cases, parent, at_once)
         try:
             trials = _run(shared, domains, num_trials, stop)
-            stop.check()
             best, version = _registered(shared, trials)
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
             with suppress(TrackingError):  # the first error is the one to tell
                 tracking.finish(parent, "KILLED" if interrupted else "FAILED")
             raise
-        tracking.finish(parent)
+        close(parent)
     return Sweep(best, trials, version)
 
 
@@ -158,6 +157,7 @@ def _run(
     except Exception:
         stop.check()  # it was we who ended it
         raise
+    stop.check()
     return tuple(_outcome(shared, results[n]) for n in range(len(results)))
 
 
@@ -210,7 +210,10 @@ def _run_trial(overrides: dict[str, Any], shared: Search) -> None:
 
 
 def _outcome(shared: Search, result: ray.tune.Result) -> Trial:
-    """A trial as its files tell it; its MLflow run is closed."""
+    """A trial as its files tell it; its MLflow run is closed.
+
+    What is wrong with one trial's files or its MLflow run loses none of the others.
+    """
     overrides, reported = dict(result.config or {}), result.metrics or {}
     error = str(reported.get("error", ""))
     if result.error is not None:
@@ -219,17 +222,18 @@ def _outcome(shared: Search, result: ray.tune.Result) -> Trial:
     if "trial_id" not in reported:  # it never began
         return Trial(overrides, "failed" if error else "pruned", None, "", "", error)
     uri = run_uri(shared.trial_config(overrides, reported["trial_id"]))
-    known = record.read(uri)
-    run_id = known.mlflow_run_id if known else ""
+    run_id, score, ended = "", None, False
     try:
+        known = record.read(uri)
+        run_id = known.mlflow_run_id if known else ""
+        ended = any(written.finished for written in checkpoint.written(uri))
         score = best_scores(uri)["mean"]
-    except CheckpointError:
-        score = None
-    ended = any(written.finished for written in checkpoint.written(uri))
+    except CheckpointError as damage:  # that there is no score is one, too, and no error
+        error = error or (str(damage) if not run_id else "")
     status = "finished" if ended else "failed" if error else "pruned"
     closing = {"finished": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}[status]
     if run_id:
-        tracking.finish(Run(shared.parent.uri, run_id), closing)
+        close(Run(shared.parent.uri, run_id), closing)
     return Trial(overrides, status, score, run_id, uri, error)
 
 

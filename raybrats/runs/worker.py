@@ -72,6 +72,7 @@ class _Worker:
     def __init__(self, job: Job, learner: Learner, steps: Assignment, lead: Follower) -> None:
         self._job, self._learner, self._steps, self._lead = job, learner, steps, lead
         self._stream = Stream(job.config, job.train_cases, steps)
+        self._cached_before = learner.cached
         # Ranks validate a case more or less, which may take longer than a step may.
         patience = timedelta(seconds=job.config.cluster.stall_s)
         several = steps.world > 1
@@ -103,8 +104,11 @@ class _Worker:
 
     def _log(self, figures: Mapping[str, float]) -> None:
         """Figures of steps, for which the ranks add up their tallies, or of a validation."""
-        of_steps = "train/loss" in figures
-        tally = _over_ranks(self._stream.tally, self._learner.device) if of_steps else {}
+        tally = {}
+        if "train/loss" in figures:
+            before = self._cached_before
+            tally = _over_ranks(self._stream.tally, self._learner.device)
+            self._learner.cached = {n: before.get(n, 0.0) + count for n, count in tally.items()}
         self._lead.log(figures, tally)
 
     def _save(self, metrics: Mapping[str, float], finished: bool) -> None:
@@ -155,11 +159,12 @@ def _with_cases(job: Job, learner: Learner, error: RaybratsError) -> RaybratsErr
 
 
 def _over_ranks(tally: Tally, device: torch.device) -> dict[str, float]:
-    """What the node caches were good for, over all ranks."""
+    """What the node caches were good for, over all ranks, by the names of the metrics."""
     counts = torch.tensor(astuple(tally), dtype=torch.float32, device=device)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(counts)
-    return dict(zip((f.name for f in fields(Tally)), counts.tolist(), strict=True))
+    names = (f"cache/{part.name}" for part in fields(Tally))
+    return dict(zip(names, counts.tolist(), strict=True))
 
 
 def _prepared(config: TrainConfig, cases: tuple[Case, ...]) -> Iterator[Prepared]:

@@ -56,6 +56,9 @@ class Learner:
     """Steps of the whole run that had no finite gradient."""
     skipped_in_a_row: list[int] = field(default_factory=list)
     """The skipped steps that lie directly before `step`."""
+    cached: dict[str, float] = field(default_factory=dict)
+    """What the node caches were good for over all ranks and attempts, by names that begin so:
+    cache/. Counted where the batches come from; kept here, so that a resumed run counts on."""
 
     @property
     def validated(self) -> nn.Module:
@@ -94,7 +97,7 @@ class Learner:
 
     def progress(self) -> dict[str, float]:
         """The numbers that say how far the learner is, by their names in stored checkpoints."""
-        return {stored: getattr(self, name) for name, stored in _PROGRESS.items()}
+        return {stored: getattr(self, name) for name, stored in _PROGRESS.items()} | self.cached
 
     def add_validation(self, mean_dice: float) -> None:
         """Counts a validation of the present step, by its mean region Dice."""
@@ -131,6 +134,7 @@ class Learner:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         for name, stored in _PROGRESS.items():
             setattr(self, name, progress[stored])
+        self.cached = {name: value for name, value in progress.items() if name.startswith("cache/")}
 
 
 def new_learner(config: TrainConfig, device: torch.device) -> Learner:

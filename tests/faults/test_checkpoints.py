@@ -103,11 +103,11 @@ def test_a_checkpoint_that_does_not_read_back_is_put_aside_and_nothing_older_goe
     saver, fired = Saver(str(tmp_path)), []
     write = storage.write_bytes
 
-    def lossy(uri, data):
+    def lossy(uri, data, *mode):
         if learner.step == 3 and uri.endswith(checkpoint.WEIGHTS):
             fired.append(uri)
             data = data[:-8] + b"\0" * 8
-        write(uri, data)
+        write(uri, data, *mode)
 
     monkeypatch.setattr(storage, "write_bytes", lossy)
     for step in (1, 2, 3, 4):
@@ -183,11 +183,11 @@ def test_a_validated_checkpoint_that_is_refused_once_is_written_again(
     """It is the score by which a model is chosen, and no later step has it."""
     saver, fired, write = Saver(str(tmp_path)), [], storage.write_bytes
 
-    def refusing(uri, data):
+    def refusing(uri, data, *mode):
         if uri.endswith(checkpoint.STATE) and not fired:
             fired.append(uri)
             raise StorageError("the store is busy")
-        write(uri, data)
+        write(uri, data, *mode)
 
     monkeypatch.setattr(storage, "write_bytes", refusing)
     learner.step = 5
@@ -366,10 +366,10 @@ def dies_in_its_upload(_: int, __: int, ___: list, run_uri: str) -> None:
     saver.save(learner, {})
     saver.wait()
 
-    def dying(uri: str, data: bytes) -> None:
+    def dying(uri: str, data: bytes, *mode: int) -> None:
         if uri.endswith(f"step-00000002/{checkpoint.STATE}"):
             os.kill(os.getpid(), signal.SIGKILL)
-        write(uri, data)
+        write(uri, data, *mode)
 
     storage.write_bytes = dying
     learner.step = 2

@@ -97,6 +97,9 @@ def test_started_again_it_ends_with_the_very_weights(base, whole, broken):
     for name, steps in (("train/loss", [10, last]), ("val/dice_mean", [last // 2, last])):
         history = client.get_metric_history(run.info.run_id, name)
         assert [m.step for m in history] == steps, "each step once, over all attempts"
+    counts = [client.get_metric_history(run.info.run_id, f"cache/{n}") for n in ("hits", "misses")]
+    before, after = (sum(m.value for m in metrics) for metrics in zip(*counts, strict=True))
+    assert after > before > 0, "cases opened are counted on, not anew"
     assert run.info.status == "FINISHED"
 
 

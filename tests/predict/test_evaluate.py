@@ -199,6 +199,16 @@ def test_a_prediction_without_a_reference_is_refused(folders):
 
 
 @pytest.mark.ray
+def test_two_files_of_one_case_are_refused_by_name(folders):
+    predictions, references = folders
+    (predictions / "again").mkdir()
+    name = "BraTS-GLI-00001-000.nii.gz"
+    shutil.copy(predictions / name, predictions / "again" / name)
+    with pytest.raises(DataError, match=rf"{name} and .*{name} are both of case"):
+        evaluate(str(predictions), str(references))
+
+
+@pytest.mark.ray
 def test_an_edition_says_what_the_values_mean(folders):
     predictions, references = folders
     with pytest.raises(DataError, match=r"BraTS-GLI-\d.*unknown label 3.*1, 2, 4"):

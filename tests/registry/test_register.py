@@ -196,6 +196,26 @@ def test_a_dead_server_is_an_error_in_one_line():
     assert "\n" not in str(refusal.value)
 
 
+def test_a_run_that_the_user_has_open_stays_open_and_gets_nothing(config, tmp_path, monkeypatch):
+    """As in a notebook, with MLflow set to a server and an experiment of the user's own."""
+    own = f"sqlite:///{tmp_path}/own.db"
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):  # which MLflow will set
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+    run, weights = tracking.start(config), {checkpoint.WEIGHTS: save(weights_of(network()))}
+    mlflow.set_tracking_uri(own)
+    mlflow.set_experiment("mine")
+    with mlflow.start_run() as mine:
+        scores = dict.fromkeys(("WT", "TC", "ET", "mean"), 0.5)
+        made = replace(OF_NETWORK, tracking=replace(config.tracking, model="notebook"))
+        version = registering.register(run, made, weights, scores, "cases-1")
+        assert mlflow.active_run().info.run_id == mine.info.run_id
+        assert mlflow.get_tracking_uri() == own
+    assert MlflowClient(own).get_run(mine.info.run_id).outputs.model_outputs == []
+    found = MlflowClient(run.uri).get_model_version("notebook", version.version)
+    assert found.run_id == run.run_id
+
+
 def test_the_environment_keeps_naming_the_users_server(config, history, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://users-own")
     load.load(f"models:/packaged/{history[0][1].version}", config.tracking.uri)

@@ -1,5 +1,6 @@
 """F27 and SIGTERM: the trials of a sweep are attempts like any other run."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,12 +12,16 @@ import pytest
 import ray
 from faulty import SOAK, saved, until
 from mlflow import MlflowClient
-from services import processes
+from ray.tune import Result
+from services import free_ports, processes
 
 from raybrats import storage
-from raybrats.config import override_all
+from raybrats.config import override_all, to_json
+from raybrats.registry.tracking import Run
 from raybrats.runs import record
-from raybrats.runs.sweep import search
+from raybrats.runs.sweep import Search, _outcome, search
+from raybrats.train import checkpoint
+from raybrats.train.checkpoint import Snapshot
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow, pytest.mark.slow]
 STEPS, SAVE_EVERY = 160, 8
@@ -54,6 +59,36 @@ def kill_a_trial(config, session, happened):
     before = (record.read(run_uri).mlflow_run_id, saved(run_uri))
     os.kill(victim, signal.SIGKILL)
     happened.append((run_uri, *before))
+
+
+def test_what_is_wrong_with_one_trial_at_the_end_loses_no_other(base, tmp_path, caplog):
+    """A record that is damaged, and a server that is away when the trials are closed."""
+    config = override_all(base, {"run.name": "end", "run.storage_uri": str(tmp_path)})
+    away = Run(f"http://127.0.0.1:{free_ports(1)[0]}", "0" * 32)
+    shared, good = Search(config, (), away, 1), tmp_path / "end-good"
+    checkpoint.write(
+        str(good),
+        config,
+        Snapshot(
+            STEPS, {}, {}, metrics=dict.fromkeys(("WT", "TC", "ET", "mean"), 0.5), finished=True
+        ),
+    )
+    facts = {
+        "mlflow_run_id": "1" * 32,
+        "digest": "",
+        "cohort": "",
+        "config": json.loads(to_json(config)),
+    }
+    (good / record.NAME).write_text(json.dumps(facts))
+    (tmp_path / "end-damaged").mkdir()
+    (tmp_path / "end-damaged" / record.NAME).write_text("[")
+    ended = [
+        _outcome(shared, Result({"trial_id": name}, None, None, str(tmp_path)))
+        for name in ("damaged", "good")
+    ]
+    assert [(trial.status, trial.score) for trial in ended] == [("failed", None), ("finished", 0.5)]
+    assert "run.json is damaged" in ended[0].error
+    assert "not closed in MLflow" in caplog.text
 
 
 @pytest.mark.skipif(not SOAK, reason="the way that ends well: make soak")
