@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow, pytest.ma
 STEPS, SAVE_EVERY = 160, 8
 TRIAL = "ray::ImplicitFunc"
 """Title of the process of a trial."""
+SOAK_ONLY = pytest.mark.skipif(not SOAK, reason="one of three ways to end: make soak")
 SPACE = ["loss.dice_weight=uniform(0.2,0.8)"]
 
 
@@ -91,7 +93,7 @@ def test_what_is_wrong_with_one_trial_at_the_end_loses_no_other(base, tmp_path, 
     assert "not closed in MLflow" in caplog.text
 
 
-@pytest.mark.skipif(not SOAK, reason="the way that ends well: make soak")
+@SOAK_ONLY
 def test_a_trial_that_is_killed_resumes_in_its_own_mlflow_run(base, ray_cluster):
     config, happened = override_all(base, {"run.name": "kill"}), []
     arguments = (config, ray_cluster.session, happened)
@@ -118,8 +120,9 @@ def test_a_trial_that_is_killed_resumes_in_its_own_mlflow_run(base, ray_cluster)
     until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 90)
 
 
+@contextmanager
 def started(config, ray_cluster):
-    """The sweep as another process: two trials that would go on for long."""
+    """The sweep as another process, which ends with the test: two trials that go on for long."""
     words = [
         *("tune", "tiny", "--trials", "2", "--space", *SPACE, "--run.name", config.run.name),
         *("--run.storage_uri", config.run.storage_uri, "--data.cohort", config.data.cohort),
@@ -131,7 +134,13 @@ def started(config, ray_cluster):
     environment = {**os.environ, **ray_cluster.of_workers, **ray_cluster.environment}
     command = [str(Path(sys.executable).with_name("raybrats")), *words]
     group = {"start_new_session": True}  # as in a terminal, whose signals go to all of it
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **group)
+    driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **group)
+    try:
+        yield driver
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
 
 
 def statuses(config, run_ids):
@@ -142,70 +151,72 @@ def statuses(config, run_ids):
     return {run.info.status for run in (*runs, client.get_run(parent))}
 
 
+@SOAK_ONLY
 def test_an_interrupted_sweep_saves_what_its_trials_have(base, ray_cluster):
     """Ctrl-C: SIGINT to the driver's group of processes."""
     config = override_all(base, {"run.name": "interrupt"})
-    driver = started(config, ray_cluster)
-    before = until(lambda: {uri: max(saved(uri)) for uri in trials(config) if saved(uri)})
-    os.killpg(driver.pid, signal.SIGINT)
-    _, said = driver.communicate(timeout=240)
-    assert driver.returncode == 130, said[-3000:]
-    assert [line for line in said.splitlines() if "interrupted" in line]
-    assert "Traceback" not in said
-    assert all(max(saved(uri)) > step for uri, step in before.items())
-    assert statuses(config, [record.read(uri).mlflow_run_id for uri in before]) == {"KILLED"}
+    with started(config, ray_cluster) as driver:
+        before = until(lambda: {uri: max(saved(uri)) for uri in trials(config) if saved(uri)})
+        os.killpg(driver.pid, signal.SIGINT)
+        _, said = driver.communicate(timeout=240)
+        assert driver.returncode == 130, said[-3000:]
+        assert [line for line in said.splitlines() if "interrupted" in line]
+        assert "Traceback" not in said
+        assert all(max(saved(uri)) > step for uri, step in before.items())
+        assert statuses(config, [record.read(uri).mlflow_run_id for uri in before]) == {"KILLED"}
 
 
+@SOAK_ONLY
 def test_a_sweep_that_is_stopped_before_its_trials_begin_is_killed_too(base, ray_cluster):
     config = override_all(base, {"run.name": "early"})
-    driver = started(config, ray_cluster)
-    client = MlflowClient(config.tracking.uri)
+    with started(config, ray_cluster) as driver:
+        client = MlflowClient(config.tracking.uri)
 
-    def begun():
-        found = client.get_experiment_by_name("sweeps")
-        name = "attributes.run_name = 'early'"
-        return found and client.search_runs([found.experiment_id], name)
+        def begun():
+            found = client.get_experiment_by_name("sweeps")
+            name = "attributes.run_name = 'early'"
+            return found and client.search_runs([found.experiment_id], name)
 
-    parent, *_ = until(begun)
-    driver.send_signal(signal.SIGTERM)
-    _, said = driver.communicate(timeout=240)
-    assert driver.returncode == 130, said[-3000:]
-    assert len([line for line in said.splitlines() if line.startswith("raybrats: ")]) == 1, said
-    assert client.get_run(parent.info.run_id).info.status == "KILLED"
+        parent, *_ = until(begun)
+        driver.send_signal(signal.SIGTERM)
+        _, said = driver.communicate(timeout=240)
+        assert driver.returncode == 130, said[-3000:]
+        assert len([line for line in said.splitlines() if line.startswith("raybrats: ")]) == 1, said
+        assert client.get_run(parent.info.run_id).info.status == "KILLED"
 
 
 def test_a_sweep_outlives_a_killed_trial_and_is_stopped_with_checkpoints(base, ray_cluster):
     """SIGKILL to a trial, then SIGTERM to the driver, which is another process."""
     config = override_all(base, {"run.name": "stop"})
-    driver = started(config, ray_cluster)
+    with started(config, ray_cluster) as driver:
 
-    def moved(since):
-        """The newest checkpoint of each of two trials, once it is another than it was."""
-        assert driver.poll() is None, driver.stderr.read()[-3000:]
-        found = {uri: max(saved(uri), default=0) for uri in trials(config)}
-        return found if sum(step > since.get(u, 0) for u, step in found.items()) == 2 else {}
+        def moved(since):
+            """The newest checkpoint of each of two trials, once it is another than it was."""
+            assert driver.poll() is None, driver.stderr.read()[-3000:]
+            found = {uri: max(saved(uri), default=0) for uri in trials(config)}
+            return found if sum(step > since.get(u, 0) for u, step in found.items()) == 2 else {}
 
-    begun = until(lambda: moved({}))
-    runs_before = {uri: record.read(uri).mlflow_run_id for uri in begun}
-    first = processes(ray_cluster.session, TRIAL)
-    os.kill(first[0], signal.SIGKILL)
-    until(lambda: set(processes(ray_cluster.session, TRIAL)) - set(first))
-    before = until(lambda: moved(begun))
-    driver.send_signal(signal.SIGTERM)
-    _, said = driver.communicate(timeout=120)
-    after = {uri: max(saved(uri)) for uri in trials(config)}
-    print(f"at first {begun}, after the kill {before}, after the end {after}")
-    assert driver.returncode == 130, said[-3000:]
-    assert "interrupted" in said
-    assert all(step > before[uri] for uri, step in after.items())
-    assert {uri: record.read(uri).mlflow_run_id for uri in after} == runs_before
-    client = MlflowClient(config.tracking.uri)
-    runs = [client.get_run(run_id) for run_id in runs_before.values()]
-    assert {run.info.status for run in runs} == {"KILLED"}
-    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in runs}
-    assert client.get_run(parent).info.status == "KILLED"
-    children = client.search_runs(
-        [runs[0].info.experiment_id], f"tags.mlflow.parentRunId = '{parent}'"
-    )
-    assert {run.info.run_id for run in children} == set(runs_before.values()), "no further run"
-    until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 90)
+        begun = until(lambda: moved({}))
+        runs_before = {uri: record.read(uri).mlflow_run_id for uri in begun}
+        first = processes(ray_cluster.session, TRIAL)
+        os.kill(first[0], signal.SIGKILL)
+        until(lambda: set(processes(ray_cluster.session, TRIAL)) - set(first))
+        before = until(lambda: moved(begun))
+        driver.send_signal(signal.SIGTERM)
+        _, said = driver.communicate(timeout=120)
+        after = {uri: max(saved(uri)) for uri in trials(config)}
+        print(f"at first {begun}, after the kill {before}, after the end {after}")
+        assert driver.returncode == 130, said[-3000:]
+        assert "interrupted" in said
+        assert all(step > before[uri] for uri, step in after.items())
+        assert {uri: record.read(uri).mlflow_run_id for uri in after} == runs_before
+        client = MlflowClient(config.tracking.uri)
+        runs = [client.get_run(run_id) for run_id in runs_before.values()]
+        assert {run.info.status for run in runs} == {"KILLED"}
+        (parent,) = {run.data.tags["mlflow.parentRunId"] for run in runs}
+        assert client.get_run(parent).info.status == "KILLED"
+        children = client.search_runs(
+            [runs[0].info.experiment_id], f"tags.mlflow.parentRunId = '{parent}'"
+        )
+        assert {run.info.run_id for run in children} == set(runs_before.values()), "no further run"
+        until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 90)
