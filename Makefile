@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-ray test-rest lint soak bench
+.PHONY: demo test test-ray test-rest test-fallbacks lint soak bench
 
 demo: .venv/installed
 	$(BIN)/raybrats demo --out demo
@@ -19,6 +19,10 @@ test-ray: .venv/installed
 
 test-rest: .venv/installed
 	COVERAGE_FILE=.coverage.rest $(BIN)/pytest --cov --cov-report= --cov-fail-under=0 -m "not ray"
+
+# What Ceph and PostgreSQL serve, once more on what stands in for them where they are not installed.
+test-fallbacks: .venv/installed
+	RAYBRATS_FALLBACKS=1 $(BIN)/pytest -m "(s3 or mlflow) and not (ray or slow)"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -7,10 +7,12 @@ from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from pathlib import Path
 
 import pytest
+from faulty import SOAK
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.md"
 
 
+@pytest.mark.skipif(not SOAK, reason="one more run on the cluster: make soak")
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")

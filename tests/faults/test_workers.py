@@ -17,12 +17,18 @@ from raybrats.runs.run import train
 from raybrats.train import checkpoint
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.mlflow, pytest.mark.slow]
-FAULTS = (
-    Fault("SIGKILL", rank=1, step=3),
-    Fault("os._exit", rank=0, step=6),
-    # The hang costs a minute: a time-out, and Ray's own until it gives the worker up.
-    *((Fault("SIGSEGV", rank=1, step=8), Fault("GIL", rank=1, step=10)) if SOAK else ()),
-    Fault("raise", rank=1, step=12),
+OTHER_FAULTS = (
+    Fault("os._exit", rank=1, step=3),
+    Fault("SIGSEGV", rank=1, step=8),
+    Fault("GIL", rank=1, step=10),  # costs a minute: a time-out, and Ray's own until it gives up
+)
+FAULTS = sorted(
+    [
+        Fault("SIGKILL", rank=0, step=6),
+        Fault("raise", rank=1, step=12),
+        *(OTHER_FAULTS if SOAK else ()),
+    ],
+    key=lambda fault: fault.step,
 )
 
 
@@ -35,7 +41,7 @@ def whole(untold):
 @pytest.fixture(scope="module")
 def broken(base, tmp_path_factory):
     """What is left of a run whose workers die once more than it may start again."""
-    story = Story(tmp_path_factory.mktemp("story"), FAULTS)
+    story = Story(tmp_path_factory.mktemp("story"), tuple(FAULTS))
     failures = {"run.name": "broken", "cluster.max_failures": len(FAULTS) - 1}
     config = override_all(base, failures)
     began = time.monotonic()

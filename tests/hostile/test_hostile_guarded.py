@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import ray
+from faulty import SOAK
 from mlflow import MlflowClient
 
 from raybrats.config import override_all
@@ -89,6 +90,7 @@ def holding(folder, *words):
     return [str(p) for p in found if any(word.encode() in p.read_bytes() for word in words)]
 
 
+@pytest.mark.skipif(not SOAK, reason="a sweep more: make soak")
 def test_credentials_of_the_driver_reach_trials_and_predictions_and_are_stored_nowhere(
     two_workers, guarded, ray_cluster, mlflow_uri, monkeypatch, tmp_path
 ):

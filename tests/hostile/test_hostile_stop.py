@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from faulty import SOAK
 from services import free_ports
 
 from raybrats import cli, cluster
@@ -172,7 +173,8 @@ def test_what_is_wrong_without_ray_is_told_without_ray(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("verb", "number"), [("index", signal.SIGTERM), ("evaluate", signal.SIGINT)]
+    ("verb", "number"),
+    [("index", signal.SIGTERM), *([("evaluate", signal.SIGINT)] if SOAK else [])],
 )
 def test_a_verb_at_work_is_interrupted_in_one_line(verb, number, tree, ray_cluster, tmp_path):
     words = {

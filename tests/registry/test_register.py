@@ -9,6 +9,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from faulty import SOAK
 from mlflow import MlflowClient
 from safetensors.torch import save
 from services import free_ports
@@ -120,6 +121,8 @@ print(model.name, *model.modalities)
 
 
 def test_the_model_segments_in_a_bare_process_as_the_network_did(config, history, tmp_path):
+    if config.tracking.uri.startswith("sqlite:") and not SOAK:
+        pytest.skip("the same from a file: make soak")
     assert history[1][1].alias == "champion"
     image = make_phantom(0, shape=SHAPE)[0][[2, 0]].astype(np.float32)
     np.save(tmp_path / "image.npy", image)

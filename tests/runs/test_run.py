@@ -13,6 +13,7 @@ from raybrats.config import (
     ValidationConfig,
     override,
     override_all,
+    to_json,
 )
 from raybrats.data.cohort.case import BAD, UNLABELLED, Case
 from raybrats.data.cohort.index import with_folds
@@ -180,9 +181,10 @@ def test_more_than_the_cluster_has_is_refused(six_steps, field, value, said):
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_afresh_where_it_must_resume(tmp_path):
     (tmp_path / "bare").mkdir()
-    left = {"mlflow_run_id": "", "digest": "", "cohort": "", "config": {}}
-    (tmp_path / "bare" / "run.json").write_text(json.dumps(left))
     run = RunConfig(name="bare", storage_uri=str(tmp_path), resume="must")
+    config = json.loads(to_json(TrainConfig(run=run)))
+    left = {"mlflow_run_id": "", "digest": "", "cohort": "", "config": config}
+    (tmp_path / "bare" / "run.json").write_text(json.dumps(left))
     with pytest.raises(UsageError, match="has no checkpoint"):
         train(TrainConfig(run=run))
 
