@@ -19,6 +19,8 @@ os.environ.update(  # before anything imports ray or mlflow
     MLFLOW_DISABLE_TELEMETRY="true",
     NO_PROXY="127.0.0.1,localhost",
 )
+# Hundreds of processes import the package: its source is compiled once, whatever a machine prefers
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from services import S3, RayHead, make_bucket, mlflow_server, ray_head, s3_server
 

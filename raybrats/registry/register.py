@@ -21,7 +21,6 @@ from safetensors import torch as safetensors
 
 from raybrats.config import TrainConfig, to_json
 from raybrats.errors import CheckpointError, RegistrationError, TrackingError
-from raybrats.model.network import trained_network
 from raybrats.registry.server import tracking_errors
 from raybrats.registry.tracking import Run, default_server
 from raybrats.train import checkpoint
@@ -99,6 +98,8 @@ def _check_weights(config: TrainConfig, data: bytes) -> None:
     Raises:
         RegistrationError: they are not finite, or not those of the configured network.
     """
+    from raybrats.model.network import trained_network  # MONAI takes seconds; a start needs none
+
     try:
         weights = safetensors.load(data)
         trained_network(config, weights)
