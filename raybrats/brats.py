@@ -107,7 +107,9 @@ def why_no_labels(edition: str) -> str:
     """
     if edition == UNKNOWN:
         names = ", ".join(EDITIONS)
-        return f"its id does not begin as an edition's do; say by --edition whose labels ({names})"
+        return (
+            f"its id begins as no edition's; `raybrats index --edition` says whose labels ({names})"
+        )
     return (
         f"the labels of BraTS {edition} are not supported yet; map them to 1 NCR, 2 ED, 3 ET and "
         "say --edition 2023, or leave it out"

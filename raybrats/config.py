@@ -204,7 +204,11 @@ class NetworkConfig(Section):
 
     def __post_init__(self) -> None:
         enough = 3 if self.name == "dynunet" else 2
-        _require(len(self.widths) >= enough, "network.widths", f">= {enough} long", self.widths)
+        # 2 to the power of 9 is more than the edge of any case, and blocks are made one by one
+        rule = f"{enough} to 10 long"
+        _require(enough <= len(self.widths) <= 10, "network.widths", rule, self.widths)
+        units = self.residual_units
+        _require(0 <= units <= 8, "network.residual_units", "in 0..8", units)
         _require(min(self.widths) >= 1, "network.widths", ">= 1 each", self.widths)
         heads = self.deep_supervision
         fits = heads == 0 or (self.name == "dynunet" and heads <= len(self.widths) - 2)

@@ -11,18 +11,26 @@ _SECRET_NAME = re.compile(r"pass|pwd|token|secret|key|credential|auth|sig", re.I
 """What the names of parameters have within them whose values are nobody else's business."""
 _SECRETS = (
     (
-        re.compile(rf"([?&;#][^=&;#\s\"]*(?:{_SECRET_NAME.pattern})[^=&;#\s\"]*=)[^\s\"]+", re.I),
+        re.compile(
+            rf"([?&;#][^=&;#\s\"]{{0,64}}(?:{_SECRET_NAME.pattern})[^=&;#\s\"]{{0,64}}=)[^\s\"]+",
+            re.I,
+        ),
         r"\1***",
     ),
     # A password may hold anything, so it ends at the last @; a bucket or a path may hold one too,
     # but no colon before the first slash.
     (re.compile(r"(?<=://)(?:[^/\s\"@]*:[^\s\"]*|[^/\s\"]+)@"), "***@"),
     (
-        re.compile(r"((?:https?|ftp|\w+sql)(?:\+\w+)?://)[^/\s\"][^\s\"]*@", re.IGNORECASE),
+        re.compile(
+            r"((?:https?|ftp|\w{1,16}sql)(?:\+\w{1,32})?://)[^/\s\"][^\s\"]*@", re.IGNORECASE
+        ),
         r"\1***@",
     ),
 )
-"""Places of credentials in a text, and what is shown of each."""
+"""Places of credentials in a word, and what is shown of each."""
+_WORD = re.compile(r"\S+")
+_LONGEST = 4096
+"""Characters of a path at most; the patterns take time with the square of a word's."""
 
 
 class RaybratsError(Exception):
@@ -127,9 +135,18 @@ def redacted(text: str) -> str:
         >>> redacted("no answer from http://me:sec/ret@mlflow:5000/?token=abc")
         'no answer from http://***@mlflow:5000/?token=***'
     """
+    return _WORD.sub(_redacted_word, text)
+
+
+def _redacted_word(match: re.Match[str]) -> str:
+    word = match[0]
+    if "://" not in word and "=" not in word:
+        return word
+    if len(word) > _LONGEST:  # of a server that wants the search for credentials to take long
+        return f"({len(word)} characters)"
     for pattern, shown in _SECRETS:
-        text = pattern.sub(shown, text)
-    return text
+        word = pattern.sub(shown, word)
+    return word
 
 
 def holds_credentials(uri: str) -> bool:

@@ -178,7 +178,8 @@ def files_below(root: str) -> Iterator[tuple[str, int]]:
     """
 
     def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        ours = not isinstance(error, FileNotFoundError | NotADirectoryError)
+        if ours and not _is_of_the_system(str(error.filename)):
             raise UnreadableError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
     if os.path.isfile(root):
@@ -194,6 +195,12 @@ def files_below(root: str) -> Iterator[tuple[str, int]]:
             with suppress(OSError):
                 size = os.stat(path).st_size
             yield path, size
+
+
+def _is_of_the_system(folder: str) -> bool:
+    """Whether a folder belongs to a disk or a desktop, and holds no file of ours."""
+    name = os.path.basename(folder)
+    return name.startswith(".") or name in ("lost+found", "System Volume Information")
 
 
 def with_retries(uri: str, action: Callable[..., T], num_bytes: int = 0) -> T:

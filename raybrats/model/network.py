@@ -143,8 +143,15 @@ def num_bytes(config: TrainConfig) -> int:
     return sum(tensor.nbytes for tensor in weights_of(network).values())
 
 
-def trained_network(config: TrainConfig, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The network of a run with its weights, for inference, on a GPU where there is one.
+def trained_network(
+    config: TrainConfig, weights: Mapping[str, Tensor], device: str = ""
+) -> nn.Module:
+    """The network of a run with its weights, for inference.
+
+    Args:
+        config: the run.
+        weights: as `weights_of` gave them.
+        device: where it is; a GPU where there is one, if not given.
 
     Raises:
         CheckpointError: the weights are those of another network, which is then not made.
@@ -160,4 +167,4 @@ def trained_network(config: TrainConfig, weights: Mapping[str, Tensor]) -> nn.Mo
         raise CheckpointError(f"weights of another network: {found} bytes, not {due}")
     network = build(config.network, len(config.data.modalities), config.spatial_dims)
     load_weights(network, weights)
-    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

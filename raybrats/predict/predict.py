@@ -235,6 +235,8 @@ class _Worker:
             self._model = load.load(settings.model, settings.server.uri)
         except RaybratsError as error:  # what is raised here Ray tells in hundreds of lines
             self._model = error
+        except Exception as error:  # such as a GPU that is full
+            self._model = RaybratsError(f"{settings.model} cannot be loaded: {_line(error)}")
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         case, reason = self._cases[int(row["number"])], ""
@@ -246,5 +248,9 @@ class _Worker:
         except RaybratsError as error:
             reason = str(error)
         except Exception as error:  # such as a GPU out of memory: the other cases go on
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            reason = _line(error)
         return {"case_id": case.case_id, "reason": reason, "fatal": ""}
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]

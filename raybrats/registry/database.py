@@ -14,8 +14,8 @@ from sqlalchemy.pool import NullPool
 
 from raybrats.errors import TrackingError, redacted
 
-MODE = 0o600
-"""Mode of a new SQLite file: it tells of every run and where its data lie."""
+MODE = 0o660
+"""Mode of a new SQLite file, less what the umask takes: others have no business with the runs."""
 _KINDS = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?:", re.ASCII)
 _TABLE = "registered_models"
 # What its retries say comes once more as the error in which they end.
@@ -37,7 +37,7 @@ def check(uri: str, *, create: bool) -> None:
 
     Args:
         uri: of the database.
-        create: whether a missing SQLite file is made, readable by its owner alone, and a database
+        create: whether a missing SQLite file is made, which others cannot read, and a database
             without MLflow's tables will do.
 
     Raises:

@@ -77,7 +77,7 @@ def register(
             _check_weights(config, files[checkpoint.WEIGHTS])
             if (earlier := _find_version(client, name, run, weights)) is not None:
                 return earlier
-            number = _upload(run, config, files)
+            number = _upload(client, run, config, files)
             # in full: the next one is compared with it, and a tie does not take over
             tags = {f"dice_{region}": repr(float(value)) for region, value in scores.items()}
             tags |= {"held_out": held_out, "recipe": config.recipe}
@@ -102,7 +102,7 @@ def _check_weights(config: TrainConfig, data: bytes) -> None:
 
     try:
         weights = safetensors.load(data)
-        trained_network(config, weights)
+        trained_network(config, weights, "cpu")  # a driver's GPU may be full of other work
     except (SafetensorError, CheckpointError) as error:
         raise RegistrationError(f"not registered, for its weights do not load: {error}") from error
     for name, tensor in weights.items():
@@ -110,7 +110,7 @@ def _check_weights(config: TrainConfig, data: bytes) -> None:
             raise RegistrationError(f"not registered, for {name} of its weights is not finite")
 
 
-def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
+def _upload(client: MlflowClient, run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
     """Uploads the model, makes it a version and returns its number."""
     shape = (len(config.data.modalities), -1, -1, -1)
     signature = ModelSignature(
@@ -128,10 +128,15 @@ def _upload(run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
         weights, settings = Path(folder, checkpoint.WEIGHTS), Path(folder, checkpoint.CONFIG)
         weights.write_bytes(files[checkpoint.WEIGHTS])
         settings.write_text(to_json(config))
-        # pyfunc.log_model takes the active run, which may be the user's own of another experiment.
+        # pyfunc.log_model takes the active run and experiment, which may be the user's own.
+        found = client.get_run(run.run_id)
+        logged = client.create_logged_model(
+            found.info.experiment_id, "model", run.run_id, params=found.data.params
+        )
         info = Model.log(
             artifact_path=None,
             name="model",
+            model_id=logged.model_id,
             flavor=mlflow.pyfunc,
             run_id=run.run_id,
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),

@@ -64,6 +64,10 @@ def check_reachable(uri: str, *, create: bool = False) -> None:
         return
     except TimeoutError:
         reason = f"no answer within {_CONNECT_TIMEOUT_S:g} s"
+    except mlflow.exceptions.RestException as error:
+        if error.get_http_status_code() in (403, 404):  # it answers; some may not see everything
+            return
+        reason = one_line(error)
     except _TRANSPORT_ERRORS as error:
         reason = one_line(error)
     raise TrackingError(f"MLflow at {redacted(uri)}: start it or correct tracking.uri ({reason})")

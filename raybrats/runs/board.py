@@ -113,13 +113,13 @@ def followed(
         while not last:
             last = ended.wait(1.0)  # once more after the end, for the last words
             try:
-                state, posts, news = ray.get(board.read.remote(told), timeout=_ANSWER_S)
+                state, posts, news = _read(board, told) or (shown, heard, [])
             except ray.exceptions.RayError:  # the cluster is going down; the run itself says why
                 return
             for words in news:
                 display.say(words)
             told += len(news)
-            if state != shown:
+            if state is not None and state != shown:
                 display.show(*state)
             if posts != heard:
                 since_s = time.monotonic()
@@ -138,6 +138,13 @@ def followed(
             ended.set()
             thread.join(timeout=5)
             ray.kill(board)
+
+
+def _read(board: ActorHandle, told: int) -> tuple[tuple[int, str], int, list[str]] | None:
+    """What a board has; None where it does not answer now, for a machine was asleep, say."""
+    with suppress(ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+        return ray.get(board.read.remote(told), timeout=_ANSWER_S)
+    return None
 
 
 def found(prefix: str) -> list[ActorHandle]:

@@ -109,6 +109,8 @@ def _ends(path: str, domain: Float | Integer) -> list[float]:
         UsageError: NumPy would draw from it all the same, or the wrong way round.
     """
     lower, upper = domain.lower, domain.upper
+    if (lower, upper) == (-math.inf, math.inf):  # a normal distribution has none
+        return []
     try:
         rises = math.isfinite(lower) and math.isfinite(upper) and lower < upper
     except TypeError as error:

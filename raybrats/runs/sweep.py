@@ -157,8 +157,9 @@ def _run(
     except Exception:
         stop.check()  # it was we who ended it
         raise
+    trials = tuple(_outcome(shared, results[n]) for n in range(len(results)))
     stop.check()
-    return tuple(_outcome(shared, results[n]) for n in range(len(results)))
+    return trials
 
 
 def _tuner(

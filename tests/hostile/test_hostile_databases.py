@@ -86,8 +86,8 @@ def test_a_file_that_is_no_database_is_an_error_in_one_line(data, tmp_path):
     assert "\n" not in str(said.value)
 
 
-@pytest.mark.parametrize("mask", [0o022, 0])
-def test_the_database_of_local_runs_is_its_owners_alone(mask, tmp_path):
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o640), (0o077, 0o600), (0, 0o660)])
+def test_the_database_of_local_runs_is_not_the_worlds_to_read(mask, mode, tmp_path):
     before = os.umask(mask)
     try:
         uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -97,7 +97,7 @@ def test_the_database_of_local_runs_is_its_owners_alone(mask, tmp_path):
         tracking.start(config)
     finally:
         os.umask(before)
-    assert (tmp_path / "mlflow.db").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "mlflow.db").stat().st_mode & 0o777 == mode
     assert (tmp_path / "mlartifacts").stat().st_mode & 0o007 == 0
 
 

@@ -215,3 +215,11 @@ def test_no_token_is_made_where_the_user_has_said_which(variable, tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in names} | {"HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", TOKEN], env=env | dict([variable]), check=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text", [p * 99_999 for p in ("a", "?pass", "= ", "sql://", "x=?key")] + ["://" + ":" * 4000]
+)
+def test_words_that_a_server_chose_are_looked_through_in_no_time(text):
+    assert len(redacted(text)) <= len(text)

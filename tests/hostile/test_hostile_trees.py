@@ -327,6 +327,15 @@ def test_a_local_file_that_may_not_be_read_says_so(nobody):
     assert (case.status, case.reason) == ("bad", f"{file}: cannot be read: Permission denied")
 
 
+@pytest.mark.parametrize("name", [".Trash-0", "lost+found"])
+def test_a_folder_of_the_disk_that_may_not_be_read_is_no_matter(nobody, name):
+    user = os.geteuid()
+    os.seteuid(os.getuid())
+    (nobody / name).mkdir(mode=0)
+    os.seteuid(user)
+    assert only(nobody).status == "ok"
+
+
 def test_a_folder_that_may_not_be_read_is_not_passed_over(nobody):
     closed(nobody / GLI)
     with pytest.raises(StorageError, match=f"^{nobody / GLI}: cannot be read: Permission denied$"):
@@ -353,6 +362,12 @@ def test_the_file_that_differs_from_the_other_three_is_the_one_named(place, odd,
     names = ["flair.nii", "t1.nii", "t1ce.nii", "t2.nii"]
     with pytest.raises(GridError, match=f"^case: {names[place]} {how}"):
         on_one_grid("case", names, volumes)
+
+
+def test_grids_that_are_each_like_the_next_are_told_apart_all_the_same():
+    """Rounding of another tool: the one in the middle is like both others."""
+    with pytest.raises(GridError, match="lies elsewhere"):
+        on_one_grid("case", ["a", "b", "c"], [volume(shift=n * 0.008) for n in range(3)])
 
 
 @pytest.mark.parametrize("bare", [1, 3])

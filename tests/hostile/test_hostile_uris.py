@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from niftis import zipped
@@ -178,6 +179,23 @@ def test_rows_that_lack_or_stretch_a_value_are_refused_in_one_line(tmp_path, cha
     cohort = str(tmp_path / "cohort.parquet")
     write_cohort([replace(ROW, **changes)], cohort)
     with pytest.raises(DataError, match="raybrats index"):
+        read_cohort(cohort)
+
+
+@pytest.mark.parametrize("what", ["rows", "values"])
+def test_a_cohort_of_a_few_bytes_that_claims_to_be_large_is_refused(tmp_path, what):
+    cohort = str(tmp_path / "cohort.parquet")
+    write_cohort([ROW], cohort)
+    row = pq.read_table(cohort)
+    if what == "rows":
+        table = pa.concat_tables([row] * 1024)
+        table = pa.concat_tables([table.combine_chunks()] * 1024).combine_chunks()
+    else:
+        many = pa.array([pa.array([0], pa.int64()).take(pa.array([0] * 2**25))])
+        column = row.schema.get_field_index("sizes")
+        table = row.set_column(column, "sizes", pa.array([many[0].values], row.schema[column].type))
+    pq.write_table(table, cohort)
+    with pytest.raises(DataError, match="more than 1000000 cases"):
         read_cohort(cohort)
 
 

@@ -215,8 +215,14 @@ def test_a_run_that_the_user_has_open_stays_open_and_gets_nothing(config, tmp_pa
         assert mlflow.active_run().info.run_id == mine.info.run_id
         assert mlflow.get_tracking_uri() == own
     assert MlflowClient(own).get_run(mine.info.run_id).outputs.model_outputs == []
-    found = MlflowClient(run.uri).get_model_version("notebook", version.version)
+    client = MlflowClient(run.uri)
+    found = client.get_model_version("notebook", version.version)
     assert found.run_id == run.run_id
+    of_run = client.get_run(run.run_id).info
+    model = client.get_logged_model(found.source.removeprefix("models:/"))
+    assert model.experiment_id == of_run.experiment_id
+    place = client.get_experiment(of_run.experiment_id).artifact_location
+    assert model.artifact_location.startswith(place)
 
 
 def test_the_environment_keeps_naming_the_users_server(config, history, monkeypatch):

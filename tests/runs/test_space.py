@@ -10,6 +10,11 @@ from raybrats.runs.space import space_of
 from raybrats.runs.sweep import search
 
 
+def test_a_normal_distribution_has_no_ends():
+    domain = tune.randn(0.5, 0.01)
+    assert space_of({"loss.dice_weight": domain}, tiny()) == {"loss.dice_weight": domain}
+
+
 def samples(word, count=30):
     ((field, domain),) = space_of([word], tiny()).items()
     return field, [domain.sample() for _ in range(count)]

@@ -136,7 +136,8 @@ def open_case(case: Case, modalities: Sequence[str] = MODALITIES, *, labels: boo
     opened = _open_files(case, modalities, labels=labels)
     if opened.grid.oriented or (labels and set(modalities) >= set(MODALITIES)):
         return opened
-    every = _open_files(case, (*modalities, *MODALITIES))
+    # The label file may be the only one that states an orientation, whatever its values mean.
+    every = _open_files(case, (*modalities, *MODALITIES), labels=labels or bool(case.label_values))
     volumes = every.volumes[: len(modalities)]
     return replace(every, volumes=volumes, labels=every.labels if labels else None)
 

@@ -13,9 +13,12 @@ from raybrats.filesystem import is_remote, problem_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no path of a row has: control characters, and bytes that are no UTF-8."""
+MAX_ROWS, MAX_VALUES = 1_000_000, 16
+"""Cases that a cohort has at most, and values of one of their lists (a box has six)."""
 MAX_ID_BYTES = 200
 """A file name has 255 at most, of which its ending and a write's own take some."""
 _NOT_A_NAME = re.compile(rf"[/\\]|{CONTROL.pattern}|^\.|^$")
@@ -68,6 +71,7 @@ def read_cohort(uri: str) -> list[Case]:
 
     data = storage.read_bytes(uri)
     try:
+        _check_size(pq.ParquetFile(io.BytesIO(data)).metadata, uri)
         found = pq.read_table(io.BytesIO(data)).select(_schema().names).cast(_schema())
         cases = [from_row(row) for row in found.to_pylist()]
     except (pa.ArrowException, KeyError, OSError, ValueError, TypeError) as error:
@@ -76,6 +80,14 @@ def read_cohort(uri: str) -> list[Case]:
         raise DataError(f"{uri}: not a cohort file ({why}); make one by `raybrats index`") from None
     _check_rows(cases, uri)
     return cases
+
+
+def _check_size(facts: "pq.FileMetaData", uri: str) -> None:
+    """Refuses what a few bytes may claim to hold, before there is memory for it."""
+    groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+    counts = [g.column(n).num_values for g in groups for n in range(facts.num_columns)]
+    if facts.num_rows > MAX_ROWS or max(counts, default=0) > MAX_ROWS * MAX_VALUES:
+        raise DataError(f"{uri}: not a cohort file (more than {MAX_ROWS} cases); split it")
 
 
 def _check_rows(cases: Sequence[Case], uri: str) -> None:
