@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -191,9 +192,10 @@ def test_a_cohort_of_a_few_bytes_that_claims_to_be_large_is_refused(tmp_path, wh
         table = pa.concat_tables([row] * 1024)
         table = pa.concat_tables([table.combine_chunks()] * 1024).combine_chunks()
     else:
-        many = pa.array([pa.array([0], pa.int64()).take(pa.array([0] * 2**25))])
-        column = row.schema.get_field_index("sizes")
-        table = row.set_column(column, "sizes", pa.array([many[0].values], row.schema[column].type))
+        many, column = 17_000_000, row.schema.get_field_index("sizes")
+        zeros = pa.array(np.zeros(many, np.int64), row.schema[column].type.value_type)
+        values = pa.ListArray.from_arrays(pa.array([0, many], pa.int32()), zeros)
+        table = row.set_column(column, "sizes", values)
     pq.write_table(table, cohort)
     with pytest.raises(DataError, match="more than 1000000 cases"):
         read_cohort(cohort)

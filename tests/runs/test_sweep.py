@@ -121,10 +121,19 @@ def test_a_trial_that_is_killed_resumes_in_its_own_mlflow_run(base, ray_cluster)
 
 
 @contextmanager
-def started(config, ray_cluster):
-    """The sweep as another process, which ends with the test: two trials that go on for long."""
+def started(config, ray_cluster, num_trials=2):
+    """The sweep as another process, which ends with the test; its trials would go on for long."""
     words = [
-        *("tune", "tiny", "--trials", "2", "--space", *SPACE, "--run.name", config.run.name),
+        *(
+            "tune",
+            "tiny",
+            "--trials",
+            str(num_trials),
+            "--space",
+            *SPACE,
+            "--run.name",
+            config.run.name,
+        ),
         *("--run.storage_uri", config.run.storage_uri, "--data.cohort", config.data.cohort),
         *("--data.patch_size", "16", "16", "16", "--network.widths", "4", "8", "8"),
         *("--cluster.workers", "1", "--optim.steps", "20000", "--run.save_every_steps", "100"),
@@ -151,11 +160,10 @@ def statuses(config, run_ids):
     return {run.info.status for run in (*runs, client.get_run(parent))}
 
 
-@SOAK_ONLY
 def test_an_interrupted_sweep_saves_what_its_trials_have(base, ray_cluster):
     """Ctrl-C: SIGINT to the driver's group of processes."""
     config = override_all(base, {"run.name": "interrupt"})
-    with started(config, ray_cluster) as driver:
+    with started(config, ray_cluster, num_trials=2 if SOAK else 1) as driver:
         before = until(lambda: {uri: max(saved(uri)) for uri in trials(config) if saved(uri)})
         os.killpg(driver.pid, signal.SIGINT)
         _, said = driver.communicate(timeout=240)
@@ -185,6 +193,7 @@ def test_a_sweep_that_is_stopped_before_its_trials_begin_is_killed_too(base, ray
         assert client.get_run(parent.info.run_id).info.status == "KILLED"
 
 
+@SOAK_ONLY
 def test_a_sweep_outlives_a_killed_trial_and_is_stopped_with_checkpoints(base, ray_cluster):
     """SIGKILL to a trial, then SIGTERM to the driver, which is another process."""
     config = override_all(base, {"run.name": "stop"})
