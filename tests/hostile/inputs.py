@@ -120,7 +120,7 @@ IDS = {
     "two_lines": ["BraTS-GLI-00001-000\nall is well"],
     "escapes": ["BraTS-GLI-00001-000\x1b[2J\x1b]0;owned\x07"],
     "long": ["BraTS-GLI-00001-000" + "x" * 200],
-    "markup": ["BraTS-GLI-00001-[red]000[/red]", "BraTS-GLI-00002-000"],
+    "markup": ["BraTS-GLI-00001-[red]000:skull:", "BraTS-GLI-00002-000"],
     "mixed": ["BraTS-GLI-00001-000", "BraTS-PED-00002-000"],
 }
 """Trees of cases of 2023 under other ids."""
