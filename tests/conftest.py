@@ -40,8 +40,10 @@ from raybrats.phantom.phantom import write_phantoms
 signal.signal(signal.SIGINT, signal.default_int_handler)
 TESTS = Path(__file__).parent
 # No example fails for its time: machines are loaded, and tests of time are elsewhere
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("soak", **UNTIMED)
+settings.register_profile("ci", **UNTIMED, max_examples=40)
+settings.load_profile("soak" if "RAYBRATS_SOAK" in os.environ else "ci")
 
 
 @pytest.fixture(scope="session")

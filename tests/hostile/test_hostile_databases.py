@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from raybrats.config import RunConfig, TrackingConfig, TrainConfig
+from raybrats.config import RunConfig, TrainConfig
 from raybrats.errors import TrackingError
-from raybrats.registry import load, tracking
+from raybrats.registry import database, load, tracking
 
 RAYBRATS = str(Path(sys.executable).with_name("raybrats"))
 LOOK_UPS = {
@@ -90,15 +90,10 @@ def test_a_file_that_is_no_database_is_an_error_in_one_line(data, tmp_path):
 def test_the_database_of_local_runs_is_not_the_worlds_to_read(mask, mode, tmp_path):
     before = os.umask(mask)
     try:
-        uri = f"sqlite:///{tmp_path}/mlflow.db"
-        config = TrainConfig(
-            run=RunConfig(name="one", storage_uri=str(tmp_path)), tracking=TrackingConfig(uri=uri)
-        )
-        tracking.start(config)
+        database.check(f"sqlite:///{tmp_path}/mlflow.db", create=True)
     finally:
         os.umask(before)
     assert (tmp_path / "mlflow.db").stat().st_mode & 0o777 == mode
-    assert (tmp_path / "mlartifacts").stat().st_mode & 0o007 == 0
 
 
 @pytest.mark.parametrize("uri", [DEAD["dead"], DEAD["no driver"], ""])

@@ -58,6 +58,8 @@ def test_requirements_can_be_installed_where_only_releases_are(config):
     lines = (folder_of(version, config) / "requirements.txt").read_text().split()
     assert {line.partition("==")[0] for line in lines} >= {"torch", "monai", "numpy"}
     assert not [line for line in lines if "+" in line]
+    artifacts = Path(config.run.storage_uri, "mlartifacts")
+    assert artifacts.stat().st_mode & 0o007 == 0, "not the world's to read"
 
 
 REGISTERS = """

@@ -12,7 +12,6 @@ from threading import Thread
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from services import running
 
 from raybrats.config import DataConfig, RunConfig, TrackingConfig, TrainConfig
 from raybrats.errors import TrackingError, UsageError, holds_credentials, redacted
@@ -155,27 +154,20 @@ tracking.finish(run)
 """
 
 
-def test_mlflow_tells_no_links_on_the_terminal(tmp_path, monkeypatch):
+@pytest.mark.mlflow
+def test_mlflow_tells_no_links_on_the_terminal(tmp_path, mlflow_uri):
     """The user's own setting does not bring them back."""
-    from services import free_ports, http_status
-
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "mlflow", "server", "--port", port, "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/s.db", "--host", "127.0.0.1"]
-    monkeypatch.setenv("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    ready = lambda: http_status(port, "/health") == 200  # noqa: E731
-    with running(command, tmp_path / "log", ready, cwd=tmp_path):
-        done = subprocess.run(
-            [sys.executable, "-c", TELLS],
-            env={
-                **os.environ,
-                "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "false",
-                "MLFLOW_TRACKING_URI": f"http://me:hush@127.0.0.1:{port}",
-            },
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
+    done = subprocess.run(
+        [sys.executable, "-c", TELLS],
+        env={
+            **os.environ,
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "false",
+            "MLFLOW_TRACKING_URI": mlflow_uri.replace("://", "://me:hush@"),
+        },
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "hush" not in done.stderr
 
