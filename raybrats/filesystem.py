@@ -167,7 +167,7 @@ def files_below(root: str) -> Iterator[tuple[str, int]]:
     fsspec would leave out, without a word, what lies in a folder that may not be read.
 
     Raises:
-        StorageError: a folder may not be read, or is a link.
+        StorageError: a folder may not be read, or is a link; the root is a FIFO or a device.
 
     Example:
         >>> Path("tree").mkdir()
@@ -182,7 +182,8 @@ def files_below(root: str) -> Iterator[tuple[str, int]]:
         if ours and not _is_of_the_system(str(error.filename)):
             raise UnreadableError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
-    if os.path.isfile(root):
+    if os.path.exists(root) and not os.path.isdir(root):
+        check_file(root)
         yield root, os.path.getsize(root)
     for folder, folders, files in os.walk(root, onerror=refuse):
         for path in (os.path.join(folder, each) for each in folders):

@@ -39,7 +39,7 @@ LIMIT_S = 60
 WORKS_S = 6.0
 """Seconds after which a command waits for a server that never answers."""
 PROGRESS = (
-    *("indexing: ", "training: ", "validating", "predicting: ", "evaluating: ", "reporting: "),
+    *("indexing: ", "training ", "validating", "predicting: ", "evaluating: ", "reporting: "),
     *("step ", "resumed at ", "drawing"),
 )
 """How the lines begin that tell how far the work is."""
@@ -349,7 +349,7 @@ def _problem(given: Input, code: int, seconds: float, out: str, err: Sequence[st
     refused = code not in (0, signal.SIGINT + 128) and given.lines > 0
     problems = {
         f"code {code}, not {given.code}": code != given.code,
-        f"{seconds:.0f} s": seconds > LIMIT_S,
+        f"{seconds:.0f} s": seconds > int(given.options.get("seconds", LIMIT_S)),
         "a traceback": "Traceback" in text or '  File "' in text,
         "an error that nobody foresaw": "unexpected " in text,
         f"{len(err)} lines": len(err) > given.lines,

@@ -141,10 +141,14 @@ def case_id_of(label_uri: str) -> str:
 
 
 def _links_out(name: str, root: str) -> bool:
-    """Whether the object is a link to what lies outside the tree; object storage has no links."""
+    """Whether the object is a link out of the tree, or in a circle; object storage has no links."""
     path = Path(name)
-    linked = not storage.is_remote(name) and path.is_symlink()
-    return linked and not path.resolve().is_relative_to(root)
+    if storage.is_remote(name) or not path.is_symlink():
+        return False
+    try:
+        return not path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # until Python 3.13 the latter
+        return True
 
 
 def _nameable(files: Files) -> Files:
@@ -181,7 +185,7 @@ def _confined(files: Files, root: str) -> Files:
     out = [storage.name(uri) for uri in uris + images if _links_out(uri, root)]
     if not out or files.problem:
         return files
-    problem = f"{out[0]} links out of {root}; copy it there, or index the tree that holds it"
+    problem = f"{out[0]} links out of {root} or in a circle; copy the file there"
     return replace(files, problem=problem)
 
 
