@@ -42,6 +42,7 @@ _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0,
 _SETTINGS = 4
 """Kind of the frame with which every server of gRPC answers."""
 
+_OTHER_TOKEN = "its token is another; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH as its nodes do"
 DATA_CPUS = 1.0
 """CPUs that a run leaves to Ray Data at least; without any, Ray waits in silence."""
 
@@ -70,8 +71,9 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     address = checked_address()
     if address is None:
         _make_token()
+    told: list[bytes] = []
     try:
-        with handlers_kept(), _log_level_not_told():
+        with handlers_kept(), _held_back(told):
             ray.init(
                 address=address or "local",
                 logging_level=logging.ERROR,
@@ -80,7 +82,9 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
                 include_dashboard=None if address else dashboard,
             )
     except Exception as error:  # Ray raises this very kind where a node does not come up in time
-        raise _no_cluster(address or "on this machine", str(error)) from error
+        stranger = any(b"InvalidAuthToken" in line for line in told)
+        reason = _OTHER_TOKEN if stranger else str(error)
+        raise _no_cluster(address or "on this machine", reason) from error
     _protect_token()
 
 
@@ -203,10 +207,10 @@ def each(
 
 
 @contextmanager
-def _log_level_not_told() -> Generator[None]:
-    """Within it stderr is held back; that Ray was given a log level is left out of it.
+def _held_back(told: list[bytes]) -> Generator[None]:
+    """Within it stderr is held back; what Ray says of its log level and its tries is left out.
 
-    It is native code that says so, to the descriptor.
+    It is native code that says so, to the descriptor; `told` gets it line by line.
     """
     with tempfile.TemporaryFile() as held:
         own = os.dup(2)
@@ -217,8 +221,10 @@ def _log_level_not_told() -> Generator[None]:
             os.dup2(own, 2)
             os.close(own)
             held.seek(0)
+            told += held
+            noise = (b"RAY_BACKEND_LOG_LEVEL", b"gcs_client.cc")
             with suppress(OSError):
-                os.write(2, b"".join(line for line in held if b"RAY_BACKEND_LOG_LEVEL" not in line))
+                os.write(2, b"".join(n for n in told if not any(word in n for word in noise)))
 
 
 def _silence(host: str, port: int) -> str:

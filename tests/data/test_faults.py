@@ -547,7 +547,9 @@ def test_d8_a_link_within_the_tree_is_a_file_and_one_out_of_it_is_not(tree: Path
         file.symlink_to(target)
         case = verified(tree)
         assert case.status == BAD
-        assert case.reason.startswith(f"{file.name} links out of {tree} or in a circle; copy the file")
+        assert case.reason.startswith(
+            f"{file.name} links out of {tree} or in a circle; copy the file"
+        )
 
 
 def test_d8_the_tree_may_itself_be_a_link(tree: Path):

@@ -33,6 +33,8 @@ os.environ.update(RAY_USAGE_STATS_ENABLED="0", MLFLOW_DISABLE_TELEMETRY="true")
 
 from services import S3, RayHead, free_ports, make_bucket, ray_head, s3_server
 
+# A shell starts its background jobs with SIGINT ignored, and so would the commands be
+signal.signal(signal.SIGINT, signal.default_int_handler)
 TABLE = Path(__file__).with_suffix(".txt")
 RAYBRATS = str(Path(sys.executable).with_name("raybrats"))
 LIMIT_S = 60
