@@ -96,6 +96,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory, s3: S3) -> Iterator[Ra
         # An idle worker waits for the next test: starting another one costs a second of a core
         "RAY_num_workers_soft_limit": "12",
         "RAY_idle_worker_killing_time_threshold_ms": "60000",
+        # One process less a run; nodes go away in the soak alone
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1" if "RAYBRATS_SOAK" in os.environ else "0",
     }
     with (
         ray_head(tmp_path_factory.mktemp("ray"), environment) as head,
