@@ -453,6 +453,8 @@ def main() -> int:
             cells += (len(outcome.err), last, outcome.problem)
             texts = (str(cell).encode("unicode_escape").decode()[:120] for cell in cells)
             print(f"| {' | '.join(texts)} |", flush=True)
+            for line in outcome.err if outcome.problem else ():
+                print(ascii(line), file=sys.stderr, flush=True)
     print("\n" + summary(found))
     return int(any(outcome.problem for _, outcome in found))
 
