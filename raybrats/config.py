@@ -367,7 +367,8 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         allowed = all(c.isalnum() or c in "-_." for c in self.name) and self.name[:1] != "."
-        _require(allowed, "run.name", "letters, digits, '-', '_' and '.'", self.name)
+        rule = "letters, digits, '-', '_' and '.', 200 at most"  # a file name has 255 bytes
+        _require(allowed and len(self.name.encode()) <= 200, "run.name", rule, self.name)
         _require_no_secret("run.storage_uri", self.storage_uri)
         _require(bool(self.storage_uri), "run.storage_uri", "a path or URI", self.storage_uri)
         _require(self.seed >= 0, "run.seed", ">= 0", self.seed)
