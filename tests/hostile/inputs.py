@@ -159,8 +159,8 @@ RUNS = {
 CHECKPOINTS: Mapping[str, Callable[[Path], object]] = {
     "no_weights": lambda folder: (folder / "weights.safetensors").unlink(),
     "cut_weights": lambda folder: os.truncate(folder / "weights.safetensors", 1000),
-    "no_manifest": lambda folder: (folder / "manifest.json").unlink(),
-    "manifest_list": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "no_manifest": lambda folder: (folder / "MANIFEST.json").unlink(),
+    "manifest_list": lambda folder: (folder / "MANIFEST.json").write_text("[]"),
 }
 PREDICTIONS = ("cut_prediction", "text_prediction", "of_nobody")
 AFTER_LINE = (*RECORDS, *PREDICTIONS)
@@ -241,7 +241,7 @@ def add_after_line(root: Path) -> None:
         (root / "runs" / name / file_name).write_bytes(data)
     for name, spoil in CHECKPOINTS.items():
         shutil.copytree(root / "runs" / "one", root / "runs" / name)
-        for manifest in [*(root / "runs" / name).rglob("manifest.json")]:
+        for manifest in [*(root / "runs" / name).rglob("MANIFEST.json")]:
             spoil(manifest.parent)
 
 
