@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faulty import SOAK
 from mlflow import MlflowClient
 from safetensors.torch import save
 
@@ -77,6 +78,7 @@ here.registered(config, here.weights(), model="quiet")
 """
 
 
+@pytest.mark.skipif(not SOAK, reason="a process and a database more: make soak")
 def test_mlflow_says_nothing_of_what_it_registers(tmp_path):
     """In a process of its own, for what MLflow imports late turns its words on again."""
     here = Path(__file__).parent
