@@ -192,17 +192,41 @@ class AugmentConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig(Section):
-    """A MONAI network by name."""
+    """A network by name: nnU-Net's `plain` and `residual`, or MONAI's."""
 
-    name: Literal["dynunet", "segresnet", "unet"] = "dynunet"
+    _HAVE: ClassVar[dict[str, tuple[str, ...]]] = {
+        "residual_units": ("dynunet", "unet"),
+        "deep_supervision": ("plain", "residual", "dynunet"),
+        "norm": ("plain", "residual", "dynunet", "unet"),
+        "activation": ("plain", "residual", "dynunet"),
+        "pooling": ("plain", "residual"),
+        "initial_weights": ("plain", "residual"),
+    }
+    """The networks that have a field; with another it keeps its default."""
+
+    name: Literal["plain", "residual", "dynunet", "segresnet", "unet"] = "plain"
+    """nnU-Net's U-Net, plain or with a residual encoder; MONAI's DynUNet, SegResNet or UNet."""
     widths: tuple[int, ...] = (32, 64, 128, 256, 320, 320)
     """Channels of each resolution, finest first; each one halves the edge of the one before."""
     residual_units: int = 0
     """Residual units a stage: DynUNet residual blocks if > 0, `UNet(num_res_units=)`."""
     deep_supervision: int = 0
-    """Coarser heads that the loss also sees (DynUNet only)."""
+    """Coarser heads that the loss also sees (`plain`, `residual`, `dynunet`)."""
+    norm: Literal["instance", "batch"] = "instance"
+    """Normalisation after every convolution (`plain`, `residual`, `dynunet`, `unet`)."""
+    activation: Literal["leaky_relu", "relu"] = "leaky_relu"
+    """Activation after it (`plain`, `residual`, `dynunet`)."""
+    pooling: Literal["stride", "max"] = "stride"
+    """How an edge is halved: by the first convolution of a stage, or before it (`plain`,
+    `residual`)."""
+    initial_weights: Literal["he_normal", "he_uniform"] = "he_normal"
+    """Distribution of the first weights, for the activation (`plain`, `residual`)."""
 
     def __post_init__(self) -> None:
+        for name, networks in self._HAVE.items():
+            default = type(self).__dataclass_fields__[name].default
+            has = self.name in networks or getattr(self, name) == default
+            _require(has, f"network.{name}", f"{default!r} with {self.name}", getattr(self, name))
         enough = 3 if self.name == "dynunet" else 2
         # 2 to the power of 9 is more than the edge of any case, and blocks are made one by one
         rule = f"{enough} to 10 long"
@@ -211,8 +235,8 @@ class NetworkConfig(Section):
         _require(0 <= units <= 8, "network.residual_units", "in 0..8", units)
         _require(min(self.widths) >= 1, "network.widths", ">= 1 each", self.widths)
         heads = self.deep_supervision
-        fits = heads == 0 or (self.name == "dynunet" and heads <= len(self.widths) - 2)
-        _require(fits, "network.deep_supervision", "0..len(widths)-2, with dynunet", heads)
+        fits = 0 <= heads <= len(self.widths) - 2
+        _require(fits or heads == 0, "network.deep_supervision", "0..len(widths)-2", heads)
         if self.name == "segresnet":
             doubled = all(w == self.widths[0] << n for n, w in enumerate(self.widths))
             rule = "multiples of 8 that double from stage to stage, for segresnet"

@@ -148,7 +148,7 @@ def test_digest_ignores_what_cannot_change_the_weights(path: str, value: object)
         ("data.cohort", "s3://x"),
         ("augment.mirror", 0.0),
         ("optim.global_batch", 8),
-        ("network.residual_units", 1),
+        ("network.norm", "batch"),
     ],
 )
 def test_digest_tells_what_changes_the_weights(path: str, value: object):

@@ -1,12 +1,14 @@
 """Whole cases through the network: sliding windows, and regions back to labels."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from itertools import product
+from types import EllipsisType
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from raybrats.brats import ED, ET, NCR, REGIONS
 from raybrats.config import TrainConfig
@@ -14,6 +16,8 @@ from raybrats.data.batch import normalise
 from raybrats.data.prepare import Prepared, prepare, restore
 from raybrats.model.network import heads
 
+SIGMA = 1 / 8
+"""Deviation of the Gaussian by which windows are blended, in edges of the window (nnU-Net)."""
 SLICES_AT_ONCE = 16
 """Slices that a 2-D network takes together: about as many activations as a 128^3 patch has."""
 
@@ -68,22 +72,48 @@ def predict_regions(
 ) -> Tensor:
     """Region masks of a whole image, bool (batch, region, i, j, k), by blended sliding windows.
 
+    Windows lie as nnU-Net lays them, evenly from edge to edge. Their logits are summed with the
+    weights of a Gaussian; no sum is divided by its weights, as that does not change its sign.
+
     Example:
         >>> network = nn.Conv3d(4, 3, kernel_size=1)
         >>> predict_regions(network, torch.zeros(1, 4, 9, 9, 7), (8, 8, 8), overlap=0.5).shape
         torch.Size([1, 3, 9, 9, 7])
     """
-    logits = sliding_window_inference(
-        image,
-        roi_size=tuple(patch_size),
-        sw_batch_size=1,
-        predictor=lambda window: heads(network(window))[0],
-        overlap=overlap,
-        mode="gaussian",
-        sigma_scale=0.125,  # nnU-Net
-    )
-    assert isinstance(logits, Tensor)
-    return logits > 0
+    size, shape = tuple(patch_size), image.shape[2:]
+    room = [max(0, n - edge) for n, edge in zip(size, shape, strict=True)]
+    padded = pad(image, [n for r in reversed(room) for n in (r // 2, r - r // 2)])
+    blend = _gaussian(size, image.device)
+    total: Tensor | None = None
+    for window in _windows(padded.shape[2:], size, overlap):
+        logits = heads(network(padded[window]))[0].float()
+        if total is None:
+            total = logits.new_zeros(*logits.shape[:2], *padded.shape[2:])
+        total[window] += blend * logits
+    assert total is not None, "an image has a window"
+    inside = [slice(r // 2, r // 2 + edge) for r, edge in zip(room, shape, strict=True)]
+    return total[(..., *inside)] > 0
+
+
+def _windows(
+    shape: Sequence[int], size: Sequence[int], overlap: float
+) -> Iterator[tuple[EllipsisType | slice, ...]]:
+    """The windows that cover an image, as indices of (batch, channel, i, j, k)."""
+    starts = []
+    for edge, n in zip(shape, size, strict=True):
+        steps = math.ceil((edge - n) / (n * (1 - overlap)))
+        starts.append([round((edge - n) * step / max(1, steps)) for step in range(steps + 1)])
+    for corner in product(*starts):
+        yield (..., *(slice(at, at + n) for at, n in zip(corner, size, strict=True)))
+
+
+def _gaussian(size: Sequence[int], device: torch.device) -> Tensor:
+    """A Gaussian around the middle voxel of a window, 1 there."""
+    blend = torch.ones((), device=device)
+    for edge in size:
+        at = torch.arange(edge, device=device) - edge // 2
+        blend = blend[..., None] * torch.exp(-0.5 * (at / (SIGMA * edge)) ** 2)
+    return blend
 
 
 def _predict_slices(

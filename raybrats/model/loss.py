@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed
-from monai.losses import FocalLoss
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from raybrats.brats import REGION_LABELS, REGIONS
 from raybrats.config import LossConfig
@@ -51,7 +50,6 @@ class RegionLoss(nn.Module):
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self._config = config
-        self._focal = FocalLoss(gamma=config.focal_gamma, reduction="none")
 
     def forward(
         self,
@@ -64,7 +62,8 @@ class RegionLoss(nn.Module):
         """Mean over heads of the weighted terms; a scalar.
 
         Args:
-            logits: the logits of each head, finest first, (batch, region, i, j, k).
+            logits: the logits of each head, finest first, (batch, region, i, j, k), whose edges
+                divide those of the labels.
             labels: the labels, (batch, i, j, k).
             weight: what the terms count that are means over this batch: its patches times the
                 ranks over the global batch, so that DDP's mean over ranks is the mean over patches.
@@ -72,14 +71,14 @@ class RegionLoss(nn.Module):
             fraction: what a Dice over the batch counts: 1 over the number of the step's
                 micro-batches.
         """
-        target, config = region_masks(labels), self._config
-        heads = [head.float() for head in logits]
-        weights = torch.arange(len(heads), device=target.device).neg().float().exp2()
-        total = target.new_zeros(len(heads))
+        config = self._config
+        seen = [(head.float(), region_masks(_sampled(labels, head))) for head in logits]
+        weights = torch.arange(len(seen), device=labels.device).neg().float().exp2()
+        total = torch.zeros_like(weights)
         if config.ce_weight > 0 or config.focal_weight > 0:
-            total = total + weight * torch.stack([self._voxelwise(head, target) for head in heads])
+            total = total + weight * torch.stack([self._voxelwise(*pair) for pair in seen])
         if config.dice_weight > 0:
-            sums = torch.stack([_overlaps(head, target) for head in heads])
+            sums = torch.stack([_overlaps(*pair) for pair in seen])
             if config.batch_dice:
                 sums, weight = _over_ranks((weight > 0) * sums.sum(dim=2)), fraction
             dice = (sums[:, 0] + SMOOTH) / (sums[:, 1] + SMOOTH)  # (head, ...)
@@ -88,11 +87,24 @@ class RegionLoss(nn.Module):
 
     def _voxelwise(self, logits: Tensor, target: Tensor) -> Tensor:
         config, total = self._config, logits.new_zeros(())
+        entropy = binary_cross_entropy_with_logits(logits, target, reduction="none")
         if config.ce_weight > 0:
-            total = total + config.ce_weight * binary_cross_entropy_with_logits(logits, target)
-        if config.focal_weight > 0:
-            total = total + config.focal_weight * self._focal(logits, target).mean()
+            total = total + config.ce_weight * entropy.mean()
+        if config.focal_weight > 0:  # (1 - p)^gamma times the entropy, p being that of the truth
+            missed = logsigmoid(logits * (1 - 2 * target)).mul(config.focal_gamma).exp()
+            total = total + config.focal_weight * (missed * entropy).mean()
         return total
+
+
+def _sampled(labels: Tensor, logits: Tensor) -> Tensor:
+    """The labels (batch, i, j, k) on the coarser grid of a head: of each block its middle voxel.
+
+    That is what "nearest-exact" takes, by which nnU-Net samples them.
+    """
+    for axis in (1, 2, 3):
+        step = labels.shape[axis] // logits.shape[axis + 1]
+        labels = labels[(slice(None),) * axis + (slice(step // 2, None, step),)]
+    return labels
 
 
 def _overlaps(logits: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.metrics import compute_hausdorff_distance
 
 from raybrats.brats import REGION_LABELS, REGIONS, Region
 from raybrats.data.prepare import bounding_box
@@ -95,6 +94,8 @@ def hd95(
     """
     if not prediction.any() or not reference.any():
         return 0.0 if prediction.any() == reference.any() else HD95_ONE_EMPTY_MM
+    from monai.metrics import compute_hausdorff_distance  # seconds, which no validation waits for
+
     box = bounding_box(prediction | reference)
     pair = [torch.from_numpy(mask[box].copy())[None, None] for mask in (prediction, reference)]
     distance = compute_hausdorff_distance(

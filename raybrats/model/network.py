@@ -1,14 +1,20 @@
-"""MONAI networks by name."""
+"""Networks by name: nnU-Net's two, and MONAI's."""
 
 from collections.abc import Mapping
 
 import torch
-from monai.networks.nets import DynUNet, SegResNet, UNet
 from torch import Tensor, nn
 
 from raybrats.brats import REGIONS
 from raybrats.config import NetworkConfig, TrainConfig
 from raybrats.errors import CheckpointError
+from raybrats.model.unet import LEAK, UNet
+
+_ACTIVATIONS = {
+    "leaky_relu": ("leakyrelu", {"inplace": True, "negative_slope": LEAK}),
+    "relu": ("relu", {"inplace": True}),
+}
+"""As MONAI wants them said."""
 
 
 def build(config: NetworkConfig, num_modalities: int, spatial_dims: int = 3) -> nn.Module:
@@ -32,16 +38,26 @@ class _Planar(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> list[Tensor]:
         batch, _, _, _, k = image.shape
         slices = image.movedim(-1, 1).flatten(0, 1)
-        return self.network(slices).unflatten(0, (batch, k)).movedim(1, -1)
+        logits = heads(self.network(slices), axes=4)
+        return [head.unflatten(0, (batch, k)).movedim(1, -1) for head in logits]
 
 
 def _build(config: NetworkConfig, num_modalities: int, spatial_dims: int) -> nn.Module:
+    if config.name in ("plain", "residual"):
+        return UNet(config, spatial_dims, num_modalities, len(REGIONS))
+    return _of_monai(config, num_modalities, spatial_dims)
+
+
+def _of_monai(config: NetworkConfig, num_modalities: int, spatial_dims: int) -> nn.Module:
+    # MONAI takes seconds and 250 MB: those who want none of its networks do not wait for it
+    from monai.networks import nets
+
     widths, stages = config.widths, len(config.widths)
     if config.name == "dynunet":
-        return DynUNet(
+        return nets.DynUNet(
             spatial_dims=spatial_dims,
             in_channels=num_modalities,
             out_channels=len(REGIONS),
@@ -49,14 +65,14 @@ def _build(config: NetworkConfig, num_modalities: int, spatial_dims: int) -> nn.
             strides=[1] + [2] * (stages - 1),
             upsample_kernel_size=[2] * (stages - 1),
             filters=widths,
-            norm_name=("INSTANCE", {"affine": True}),
-            act_name=("leakyrelu", {"inplace": True, "negative_slope": 0.01}),
+            norm_name=(config.norm, {"affine": True}),
+            act_name=_ACTIVATIONS[config.activation],
             deep_supervision=config.deep_supervision > 0,
             deep_supr_num=max(1, config.deep_supervision),
             res_block=config.residual_units > 0,
         )
     if config.name == "segresnet":
-        return SegResNet(
+        return nets.SegResNet(
             spatial_dims=spatial_dims,
             init_filters=widths[0],
             in_channels=num_modalities,
@@ -64,27 +80,34 @@ def _build(config: NetworkConfig, num_modalities: int, spatial_dims: int) -> nn.
             blocks_down=(1, *[2] * (stages - 2), 4),
             blocks_up=(1,) * (stages - 1),
         )
-    return UNet(
+    return nets.UNet(
         spatial_dims=spatial_dims,
         in_channels=num_modalities,
         out_channels=len(REGIONS),
         channels=widths,
         strides=(2,) * (stages - 1),
         num_res_units=config.residual_units,
-        norm="INSTANCE",
+        norm=config.norm,
     )
 
 
-def heads(output: Tensor) -> list[Tensor]:
+def heads(output: Tensor | list[Tensor], axes: int = 5) -> list[Tensor]:
     """The logits of every head, finest first: one, or several under deep supervision.
 
-    MONAI's DynUNet stacks its heads, all at full size, along axis 1: (batch, head, region, ...).
+    Each has its own resolution; MONAI's DynUNet stacks its heads, all at full size, along axis 1:
+    (batch, head, region, ...).
+
+    Args:
+        output: what a network gave.
+        axes: how many a single head has.
 
     Example:
         >>> [tuple(head.shape) for head in heads(torch.zeros(1, 2, 3, 8, 8, 8))]
         [(1, 3, 8, 8, 8), (1, 3, 8, 8, 8)]
     """
-    return list(torch.unbind(output, dim=1)) if output.ndim == 6 else [output]
+    if isinstance(output, list):
+        return output
+    return list(torch.unbind(output, dim=1)) if output.ndim == axes + 1 else [output]
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
@@ -133,7 +156,7 @@ def num_bytes(config: TrainConfig) -> int:
     Example:
         >>> from raybrats.recipes import tiny
         >>> num_bytes(tiny())
-        1405676
+        1407308
     """
     try:
         with torch.device("meta"):

@@ -144,7 +144,7 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
         >>> from raybrats.recipes import tiny
         >>> learner = new_learner(tiny(), torch.device("cpu"))
         >>> learner.step, type(learner.network).__name__
-        (0, 'DynUNet')
+        (0, 'UNet')
     """
     torch.manual_seed(config.run.seed)
     network = build(config.network, len(config.data.modalities), config.spatial_dims)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from raybrats.config import LossConfig
 from raybrats.model.loss import RegionLoss, region_masks
@@ -76,6 +77,23 @@ def test_a_weight_of_zero_leaves_the_term_out(labels):
     endless = [logits_for(labels, -torch.inf)]  # cross-entropy of these is infinite
     assert not torch.isfinite(RegionLoss(LossConfig())(endless, labels))
     assert torch.isfinite(RegionLoss(only("dice_weight"))(endless, labels))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0, 4.0])
+def test_the_focal_term_is_that_of_monai(gamma, labels):
+    from monai.losses import FocalLoss
+
+    found = RegionLoss(only("focal_weight", focal_gamma=gamma))([some_logits()], labels)
+    expected = FocalLoss(gamma=gamma)(some_logits(), region_masks(labels))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_head_sees_the_labels_at_its_own_resolution(labels):
+    """As nnU-Net samples them, by "nearest-exact"."""
+    coarse = interpolate(labels[:, None].float(), scale_factor=0.25, mode="nearest-exact")[:, 0]
+    head, loss = some_logits()[..., :2, :2, :2], RegionLoss(LossConfig())
+    assert coarse.unique().numel() > 1
+    torch.testing.assert_close(loss([head], labels), loss([head], coarse))
 
 
 def test_the_focal_exponent_spares_what_is_already_right(labels):
