@@ -8,12 +8,12 @@ import socket
 import stat
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from raybrats.errors import ResourcesError, cause_of
-from raybrats.signals import handlers_kept
+from raybrats.signals import handlers_kept, sigterm_spares_children
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -73,7 +73,8 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
         _make_token()
     told: list[bytes] = []
     try:
-        with handlers_kept(), _held_back(told):
+        spared = nullcontext() if address else sigterm_spares_children()
+        with handlers_kept(), _held_back(told), spared:
             ray.init(
                 address=address or "local",
                 logging_level=logging.ERROR,

@@ -38,7 +38,8 @@ class Display:
 
         self._title, self._total, self._last_s = shown(title), total, -LINE_EVERY_S
         self._first: tuple[int, float] | None = None
-        """How much was done when the display began, which a run that goes on had done before."""
+        """How much was done when the display began, and until when it was no more: a run that goes
+        on had done it before, and its workers take their time to start."""
         console = Console(stderr=True)
         self._bar = None
         if console.is_terminal:
@@ -60,7 +61,8 @@ class Display:
     def show(self, done: int, remark: str = "") -> None:
         """Shows how much is done; as lines, one every `LINE_EVERY_S` and the last one."""
         now_s = time.monotonic()
-        self._first = self._first or (done, now_s)
+        if self._first is None or done <= self._first[0]:
+            self._first = done, now_s
         if self._bar:
             self._bar.update(self._task, completed=done, remark=shown(remark))
         elif _lines_wanted and self._is_due(done, now_s):

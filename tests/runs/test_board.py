@@ -46,11 +46,13 @@ def test_lines_say_how_long_it_takes_at_the_pace_of_this_attempt(capsys, monkeyp
     monkeypatch.setattr(progress, "_lines_wanted", True)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     with Display("training one", total=200) as display:
-        for done in (100, 101, 110, 150, 200):  # it goes on from step 100, a step in 2 s
-            clock[0] = 1000.0 + 2 * (done - 100)
+        # it goes on from step 100, once its workers have started: a step in 2 s
+        for seconds, done in ((0, 100), (60, 100), (62, 101), (80, 110), (160, 150), (260, 200)):
+            clock[0] = 1000.0 + seconds
             display.show(done, "loss 0.5")
         display.say("step 200: Dice mean 0.7")
     assert capsys.readouterr().err.splitlines() == [
+        "training one: 100/200 loss 0.5",
         "training one: 100/200 loss 0.5",
         "training one: 110/200 loss 0.5 (3 min left)",
         "training one: 150/200 loss 0.5 (2 min left)",
