@@ -52,6 +52,9 @@ bench: .venv-bench/installed
 		$$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(BIN)/pip check
+	# The library that our networks are held to, without what else it wants, which no test needs.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps \
+		--target .venv/oracles dynamic_network_architectures
 	touch $@
 
 .venv-bench/installed: pyproject.toml constraints.txt tests/bench/constraints.txt

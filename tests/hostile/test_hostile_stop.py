@@ -1,6 +1,7 @@
 """A cluster that does not answer, mistakes that need none, and signals while a verb is at work."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -192,3 +193,19 @@ def test_a_verb_at_work_is_interrupted_in_one_line(verb, number, tree, ray_clust
     assert (code, out, len(err)) == (130, "", 1), err
     assert err[0].startswith("raybrats: interrupted; ")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not SOAK, reason="a cluster of its own: make soak")
+@pytest.mark.slow
+def test_sigterm_to_the_whole_group_ends_a_run_with_a_checkpoint(tmp_path):
+    """As at the end of a time limit: the processes of the Ray that was started here get it too."""
+    process = started(f"demo --out {tmp_path}", RAY_ADDRESS="local")
+    for line in process.stderr:
+        if re.match(r"training .*: [1-9]", line):
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    code, out, err = ended(process)
+    err = [line for line in err if not line.startswith("training ")]
+    assert (code, out, len(err)) == (130, "", 1), err
+    assert err[0].startswith("raybrats: interrupted; ")
+    assert list(tmp_path.glob("runs/*/checkpoints/step-*"))
