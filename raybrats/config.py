@@ -252,6 +252,11 @@ class NetworkConfig(Section):
 class LossConfig(Section):
     """Weighted sum of Dice, cross-entropy and focal terms; a weight of 0 leaves a term out."""
 
+    target: Literal["regions", "labels"] = "regions"
+    """What the network tells apart: nested regions, a sigmoid each, or background and labels, one
+    softmax."""
+    background: bool = False
+    """Whether Dice and focal term also count the background, where `labels` are the target."""
     dice_weight: float = 1.0
     ce_weight: float = 1.0
     focal_weight: float = 0.0
@@ -261,6 +266,8 @@ class LossConfig(Section):
     """One Dice over the batch instead of one a patch (nnU-Net: one over the batch)."""
 
     def __post_init__(self) -> None:
+        fits = self.target == "labels" or not self.background
+        _require(fits, "loss.background", "false: regions have none", self.background)
         weights = (self.dice_weight, self.ce_weight, self.focal_weight)
         holds = min(weights) >= 0 and sum(weights) > 0
         _require(holds, "loss.*_weight", ">= 0, with one above 0", weights)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
 from raybrats.brats import ED, ET, NCR, REGIONS
-from raybrats.config import TrainConfig
+from raybrats.config import LossConfig, TrainConfig
 from raybrats.data.batch import normalise
 from raybrats.data.prepare import Prepared, prepare, restore
 from raybrats.model.network import heads
@@ -43,7 +43,7 @@ def whole_case(prepared: Prepared, device: torch.device) -> Tensor:
 def predict_case(
     network: nn.Module, config: TrainConfig, prepared: Prepared, device: torch.device
 ) -> Tensor:
-    """Region masks of a prepared case, bool (1, region, i, j, k).
+    """Labels of a prepared case, uint8 (1, i, j, k).
 
     The network sees pieces as in training: patches, slices, or the whole case.
 
@@ -53,31 +53,34 @@ def predict_case(
         >>> config, cpu = tiny(), torch.device("cpu")
         >>> prepared = prepare(*make_phantom(0, shape=(24, 24, 20)))
         >>> network = nn.Conv3d(4, 3, kernel_size=1)
-        >>> predict_case(network, config, prepared, cpu).shape[2:] == prepared.image.shape[1:]
+        >>> predict_case(network, config, prepared, cpu)[0].shape == prepared.image.shape[1:]
         True
     """
     image, stride = whole_case(prepared, device), config.network.stride
     overlap, sampling = config.validation.overlap, config.data.sampling
-    if sampling == "slices":
-        return _predict_slices(network, config, prepared, image)
     size: Sequence[int] = config.data.patch_size
     if sampling == "volume":
         size = [-(-edge // stride) * stride for edge in image.shape[2:]]
-    return predict_regions(network, image, size, overlap)
+    if sampling == "slices":
+        logits = _predict_slices(network, config, prepared, image)
+    else:
+        logits = predict_logits(network, image, size, overlap)
+    return decoded(config.loss, logits)
 
 
 @torch.inference_mode()
-def predict_regions(
+def predict_logits(
     network: nn.Module, image: Tensor, patch_size: Sequence[int], overlap: float
 ) -> Tensor:
-    """Region masks of a whole image, bool (batch, region, i, j, k), by blended sliding windows.
+    """Logits of a whole image (batch, output, i, j, k), by blended sliding windows.
 
     Windows lie as nnU-Net lays them, evenly from edge to edge. Their logits are summed with the
-    weights of a Gaussian; no sum is divided by its weights, as that does not change its sign.
+    weights of a Gaussian; the sums are not divided by their weights, for neither the sign nor the
+    greatest logit of a voxel depends on that.
 
     Example:
         >>> network = nn.Conv3d(4, 3, kernel_size=1)
-        >>> predict_regions(network, torch.zeros(1, 4, 9, 9, 7), (8, 8, 8), overlap=0.5).shape
+        >>> predict_logits(network, torch.zeros(1, 4, 9, 9, 7), (8, 8, 8), overlap=0.5).shape
         torch.Size([1, 3, 9, 9, 7])
     """
     size, shape = tuple(patch_size), image.shape[2:]
@@ -92,7 +95,7 @@ def predict_regions(
         total[window] += blend * logits
     assert total is not None, "an image has a window"
     inside = [slice(r // 2, r // 2 + edge) for r, edge in zip(room, shape, strict=True)]
-    return total[(..., *inside)] > 0
+    return total[(..., *inside)]
 
 
 def _windows(
@@ -119,14 +122,14 @@ def _gaussian(size: Sequence[int], device: torch.device) -> Tensor:
 def _predict_slices(
     network: nn.Module, config: TrainConfig, prepared: Prepared, image: Tensor
 ) -> Tensor:
-    """Region masks from every slice of the box, resized in its whole frame as in training."""
+    """Logits of every slice of the box, resized in its whole frame as in training."""
     depth, size = image.shape[4], config.data.patch_size
     frame = image.new_zeros(1, image.shape[1], *prepared.shape[:2], depth)
     within = (..., prepared.box[0], prepared.box[1], slice(None))
     frame[within] = image
     small = _resized_brain(frame, (size[0], size[1], depth))
     logits = [heads(network(piece))[0] for piece in small.split(SLICES_AT_ONCE, dim=4)]
-    return _resized(torch.cat(logits, dim=4), frame.shape[2:])[within] > 0
+    return _resized(torch.cat(logits, dim=4), frame.shape[2:])[within]
 
 
 def _resized_brain(frame: Tensor, size: Sequence[int]) -> Tensor:
@@ -139,6 +142,19 @@ def _resized_brain(frame: Tensor, size: Sequence[int]) -> Tensor:
 
 def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
     return interpolate(image, size=tuple(size), mode="trilinear", align_corners=False)
+
+
+def decoded(config: LossConfig, logits: Tensor) -> Tensor:
+    """Labels uint8 (batch, i, j, k) of what a network says that was trained with this loss.
+
+    Example:
+        >>> logits = torch.tensor([0.1, -1.0, 2.0, 0.3]).view(1, 4, 1, 1, 1)
+        >>> decoded(LossConfig(target="labels"), logits).item()
+        2
+    """
+    if config.target == "labels":
+        return logits.argmax(dim=1).to(torch.uint8)
+    return labels_of(logits > 0)
 
 
 def labels_of(regions: Tensor) -> Tensor:
@@ -172,5 +188,5 @@ def segment(network: nn.Module, config: TrainConfig, image: np.ndarray) -> np.nd
     """
     device = next(network.parameters()).device
     prepared = prepare(list(image), None, config.data.normalisation, config.data.percentiles)
-    regions = predict_case(network, config, prepared, device)
-    return restore(labels_of(regions)[0].cpu().numpy(), prepared)
+    labels = predict_case(network, config, prepared, device)
+    return restore(labels[0].cpu().numpy(), prepared)

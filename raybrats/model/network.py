@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from raybrats.brats import REGIONS
-from raybrats.config import NetworkConfig, TrainConfig
+from raybrats.brats import LABEL_NAMES, REGIONS
+from raybrats.config import LossConfig, NetworkConfig, TrainConfig
 from raybrats.errors import CheckpointError
 from raybrats.model.unet import LEAK, UNet
 
@@ -17,8 +17,34 @@ _ACTIVATIONS = {
 """As MONAI wants them said."""
 
 
-def build(config: NetworkConfig, num_modalities: int, spatial_dims: int = 3) -> nn.Module:
-    """A network from image (batch, modality, i, j, k) to logits (batch, region, i, j, k).
+def num_outputs(config: LossConfig) -> int:
+    """Logits a voxel: one a region, or one a label and one for the background.
+
+    Example:
+        >>> num_outputs(LossConfig()), num_outputs(LossConfig(target="labels"))
+        (3, 4)
+    """
+    return len(REGIONS) if config.target == "regions" else 1 + len(LABEL_NAMES)
+
+
+def network_of(config: TrainConfig) -> nn.Module:
+    """The network of a run, with its first weights.
+
+    Example:
+        >>> network_of(TrainConfig(network=NetworkConfig(name="residual"))).training
+        True
+    """
+    outputs = num_outputs(config.loss)
+    return build(config.network, len(config.data.modalities), config.spatial_dims, outputs)
+
+
+def build(
+    config: NetworkConfig,
+    num_modalities: int,
+    spatial_dims: int = 3,
+    outputs: int = len(REGIONS),
+) -> nn.Module:
+    """A network from image (batch, modality, i, j, k) to logits (batch, output, i, j, k).
 
     With two spatial dimensions it takes every slice by itself.
 
@@ -27,7 +53,10 @@ def build(config: NetworkConfig, num_modalities: int, spatial_dims: int = 3) -> 
         >>> network(torch.zeros(1, 4, 16, 16, 8)).shape
         torch.Size([1, 3, 16, 16, 8])
     """
-    network = _build(config, num_modalities, spatial_dims)
+    if config.name in ("plain", "residual"):
+        network: nn.Module = UNet(config, spatial_dims, num_modalities, outputs)
+    else:
+        network = _of_monai(config, num_modalities, spatial_dims, outputs)
     return network if spatial_dims == 3 else _Planar(network)
 
 
@@ -45,13 +74,9 @@ class _Planar(nn.Module):
         return [head.unflatten(0, (batch, k)).movedim(1, -1) for head in logits]
 
 
-def _build(config: NetworkConfig, num_modalities: int, spatial_dims: int) -> nn.Module:
-    if config.name in ("plain", "residual"):
-        return UNet(config, spatial_dims, num_modalities, len(REGIONS))
-    return _of_monai(config, num_modalities, spatial_dims)
-
-
-def _of_monai(config: NetworkConfig, num_modalities: int, spatial_dims: int) -> nn.Module:
+def _of_monai(
+    config: NetworkConfig, num_modalities: int, spatial_dims: int, outputs: int
+) -> nn.Module:
     # MONAI takes seconds and 250 MB: those who want none of its networks do not wait for it
     from monai.networks import nets
 
@@ -60,7 +85,7 @@ def _of_monai(config: NetworkConfig, num_modalities: int, spatial_dims: int) -> 
         return nets.DynUNet(
             spatial_dims=spatial_dims,
             in_channels=num_modalities,
-            out_channels=len(REGIONS),
+            out_channels=outputs,
             kernel_size=[3] * stages,
             strides=[1] + [2] * (stages - 1),
             upsample_kernel_size=[2] * (stages - 1),
@@ -76,14 +101,14 @@ def _of_monai(config: NetworkConfig, num_modalities: int, spatial_dims: int) -> 
             spatial_dims=spatial_dims,
             init_filters=widths[0],
             in_channels=num_modalities,
-            out_channels=len(REGIONS),
+            out_channels=outputs,
             blocks_down=(1, *[2] * (stages - 2), 4),
             blocks_up=(1,) * (stages - 1),
         )
     return nets.UNet(
         spatial_dims=spatial_dims,
         in_channels=num_modalities,
-        out_channels=len(REGIONS),
+        out_channels=outputs,
         channels=widths,
         strides=(2,) * (stages - 1),
         num_res_units=config.residual_units,
@@ -95,7 +120,7 @@ def heads(output: Tensor | list[Tensor], axes: int = 5) -> list[Tensor]:
     """The logits of every head, finest first: one, or several under deep supervision.
 
     Each has its own resolution; MONAI's DynUNet stacks its heads, all at full size, along axis 1:
-    (batch, head, region, ...).
+    (batch, head, output, ...).
 
     Args:
         output: what a network gave.
@@ -160,7 +185,7 @@ def num_bytes(config: TrainConfig) -> int:
     """
     try:
         with torch.device("meta"):
-            network = build(config.network, len(config.data.modalities), config.spatial_dims)
+            network = network_of(config)
     except (RuntimeError, ValueError, MemoryError) as error:  # RecursionError is of the first kind
         raise CheckpointError(f"a network that cannot be: {config.network}"[:300]) from error
     return sum(tensor.nbytes for tensor in weights_of(network).values())
@@ -181,13 +206,13 @@ def trained_network(
 
     Example:
         >>> from raybrats.recipes import tiny
-        >>> weights = weights_of(build(tiny().network, 4))
+        >>> weights = weights_of(network_of(tiny()))
         >>> trained_network(tiny(), weights).training
         False
     """
     due, found = num_bytes(config), sum(tensor.nbytes for tensor in weights.values())
     if due > found:  # before memory is taken for what a configuration may claim
         raise CheckpointError(f"weights of another network: {found} bytes, not {due}")
-    network = build(config.network, len(config.data.modalities), config.spatial_dims)
+    network = network_of(config)
     load_weights(network, weights)
     return network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

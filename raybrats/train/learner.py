@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raybrats.config import OptimConfig, TrainConfig
 from raybrats.errors import CheckpointError
-from raybrats.model.loss import RegionLoss
-from raybrats.model.network import build, heads, load_weights, weights_of
+from raybrats.model.loss import SegmentationLoss
+from raybrats.model.network import heads, load_weights, network_of, weights_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Types that autocast computes in, by `optim.precision`; under fp32 there is no autocast."""
@@ -39,7 +39,7 @@ class Learner:
     bare: nn.Module
     """The same network without a wrapper."""
     optimizer: torch.optim.Optimizer
-    loss: RegionLoss
+    loss: SegmentationLoss
     scaler: torch.amp.GradScaler
     """Scales the loss under fp16; else it does nothing."""
     average: AveragedModel | None = None
@@ -147,7 +147,7 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
         (0, 'UNet')
     """
     torch.manual_seed(config.run.seed)
-    network = build(config.network, len(config.data.modalities), config.spatial_dims)
+    network = network_of(config)
     # ty: torch declares `memory_format` for tensors only.
     network = network.to(device, memory_format=_memory_format(config))  # ty: ignore[no-matching-overload]
     average = None
@@ -159,7 +159,7 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
         network=network,
         bare=network,
         optimizer=_optimizer(config.optim, network),
-        loss=RegionLoss(config.loss),
+        loss=SegmentationLoss(config.loss),
         scaler=torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
         average=average,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from raybrats.brats import REGIONS
 from raybrats.data.batch import Batch
 from raybrats.data.prepare import Prepared
-from raybrats.model.inference import labels_of, predict_case
+from raybrats.model.inference import predict_case
 from raybrats.model.metrics import region_dice
 from raybrats.train.learner import Learner, learning_rate, world_size
 from raybrats.train.step import Inputs, backward, inputs, update
@@ -138,9 +138,8 @@ def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
     for prepared in cases:
         assert prepared.labels is not None, "validation cases have labels"
         with learner.autocast():
-            regions = predict_case(network, learner.config, prepared, learner.device)
-        prediction = labels_of(regions)[0].cpu().numpy()
-        scores.append(region_dice(prediction, prepared.labels))
+            labels = predict_case(network, learner.config, prepared, learner.device)
+        scores.append(region_dice(labels[0].cpu().numpy(), prepared.labels))
     return scores
 
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
-from raybrats.config import DataConfig, NetworkConfig, TrainConfig, ValidationConfig
+from raybrats.config import DataConfig, LossConfig, NetworkConfig, TrainConfig, ValidationConfig
 from raybrats.data.patch import cut_slice
 from raybrats.data.prepare import bounding_box, prepare
 from raybrats.errors import DataError
-from raybrats.model.inference import labels_of, predict_case, predict_regions, segment
+from raybrats.model.inference import labels_of, predict_case, predict_logits, segment
 from raybrats.model.loss import region_masks
 from raybrats.model.network import build
 from raybrats.phantom.phantom import make_phantom
@@ -29,7 +29,7 @@ CONFIG = TrainConfig(
 
 def pointwise(weights, bias):
     """A network whose logits at a voxel depend on that voxel alone."""
-    network = nn.Conv3d(4, 3, kernel_size=1)
+    network = nn.Conv3d(4, len(bias), kernel_size=1)
     with torch.no_grad():
         network.weight.copy_(torch.tensor(weights)[..., None, None, None])
         network.bias.copy_(torch.tensor(bias))
@@ -61,8 +61,7 @@ def test_windows_of_a_pointwise_network_add_up_to_the_whole(shape, overlap):
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(-3, 4, (2, 4, *shape), generator=generator).float()
     network = pointwise([[1.0, -1, 2, 0], [0, 1, 1, -2], [1, 0, 0, 1]], [0.5, -0.5, 0.5])
-    found = predict_regions(network, image, (16, 16, 16), overlap)
-    assert found.dtype == torch.bool
+    found = predict_logits(network, image, (16, 16, 16), overlap) > 0
     assert torch.equal(found, network(image) > 0)
 
 
@@ -72,7 +71,7 @@ def test_a_patch_as_large_as_the_image_is_the_network_itself():
     image = torch.randn(1, 4, 16, 16, 16)
     with torch.no_grad():
         expected = network(image) > 0
-    assert torch.equal(predict_regions(network, image, (16, 16, 16), 0.5), expected)
+    assert torch.equal(predict_logits(network, image, (16, 16, 16), 0.5) > 0, expected)
 
 
 @pytest.mark.parametrize("shape", [(40, 36, 30), (24, 20, 16), (16, 16, 16)])
@@ -129,7 +128,7 @@ def test_a_whole_volume_is_one_window_of_the_networks_stride(shape):
     found = predict_case(watching, config, prepared, torch.device("cpu"))
     box = [-(-(span.stop - span.start) // 4) * 4 for span in prepared.box]
     assert seen == [tuple(box)]
-    assert found.shape[2:] == prepared.image.shape[1:]
+    assert found.shape[1:] == prepared.image.shape[1:]
 
 
 @pytest.mark.parametrize("shape", [(40, 36, 30), (24, 30, 17)])
@@ -165,6 +164,16 @@ def test_slices_are_resized_in_prediction_as_in_training():
         trained = np.where(brain, planes[..., 0] * gain + bias, 0)
         step = gain.max() / 2  # the training's voxels are rounded
         assert np.abs(predicted[..., k] - trained).max() <= step + 1e-3
+
+
+def test_exclusive_labels_are_the_greatest_of_a_softmax():
+    bright = pointwise([[0.0] * 4, [0.0] * 4, [1.0, 0, 0, 0], [0.0] * 4], [0.5, 0.0, 0.5, 0.0])
+    image, _ = make_phantom(1, shape=(40, 36, 30))
+    config = replace(CONFIG, loss=LossConfig(target="labels"))
+    labels = segment(bright, config, image.astype(np.float32))
+    brain = (image != 0).any(axis=0)
+    expected = np.where(brain & (image[0] > image[0][brain].mean()), 2, 0)
+    np.testing.assert_array_equal(labels, expected)
 
 
 def test_an_empty_case_is_refused():

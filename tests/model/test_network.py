@@ -7,7 +7,7 @@ import torch
 
 from raybrats.config import LossConfig, NetworkConfig
 from raybrats.errors import CheckpointError
-from raybrats.model.loss import RegionLoss
+from raybrats.model.loss import SegmentationLoss
 from raybrats.model.network import build, heads, load_weights, weights_of
 
 NETWORKS = {
@@ -111,7 +111,7 @@ def test_weights_of_other_shapes_are_refused_and_nothing_is_loaded():
 def test_every_parameter_gets_a_gradient(config):
     network = made(config).train()
     labels = torch.randint(0, 4, (2, 16, 16, 8), generator=torch.Generator().manual_seed(0))
-    RegionLoss(LossConfig())(heads(network(image())), labels).backward()
+    SegmentationLoss(LossConfig())(heads(network(image())), labels).backward()
     without = [name for name, p in network.named_parameters() if p.grad is None]
     assert without == []
     assert all(torch.isfinite(p.grad).all() for p in network.parameters())
