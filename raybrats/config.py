@@ -80,6 +80,9 @@ class DataConfig(Section):
     All runs of a node share it: one with a smaller cap removes what others kept."""
     max_bad_fraction: float = 0.0
     """Fraction of quarantined cases that training accepts; they are left out and named."""
+    min_labelled_fraction: float = 0.0
+    """Least fraction of the voxels of a case's foreground box that has a label; cases with less are
+    left out on both sides of the split."""
     cpus_per_task: float = 0.5
     """CPUs that one decoding task reserves on the cluster."""
     prefetch_batches: int = 2
@@ -108,6 +111,8 @@ class DataConfig(Section):
         _require(0 <= share <= 1, "data.foreground_share", "in 0..1", share)
         bad = self.max_bad_fraction
         _require(0 <= bad < 1, "data.max_bad_fraction", "in 0..1", bad)
+        least = self.min_labelled_fraction
+        _require(0 <= least < 1, "data.min_labelled_fraction", "in 0..1", least)
         _require(self.cpus_per_task > 0, "data.cpus_per_task", "> 0", self.cpus_per_task)
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", ">= 1", self.prefetch_batches)
 
@@ -211,7 +216,8 @@ class NetworkConfig(Section):
     residual_units: int = 0
     """Residual units a stage: DynUNet residual blocks if > 0, `UNet(num_res_units=)`."""
     deep_supervision: int = 0
-    """Coarser heads that the loss also sees (`plain`, `residual`, `dynunet`)."""
+    """Coarser heads that the loss also sees (`plain`, `residual`, `dynunet`); as many of them as
+    there are stages for."""
     norm: Literal["instance", "batch"] = "instance"
     """Normalisation after every convolution (`plain`, `residual`, `dynunet`, `unet`)."""
     activation: Literal["leaky_relu", "relu"] = "leaky_relu"
@@ -235,8 +241,7 @@ class NetworkConfig(Section):
         _require(0 <= units <= 8, "network.residual_units", "in 0..8", units)
         _require(min(self.widths) >= 1, "network.widths", ">= 1 each", self.widths)
         heads = self.deep_supervision
-        fits = 0 <= heads <= len(self.widths) - 2
-        _require(fits or heads == 0, "network.deep_supervision", "0..len(widths)-2", heads)
+        _require(heads >= 0, "network.deep_supervision", ">= 0", heads)
         if self.name == "segresnet":
             doubled = all(w == self.widths[0] << n for n, w in enumerate(self.widths))
             rule = "multiples of 8 that double from stage to stage, for segresnet"

@@ -93,7 +93,7 @@ def _of_monai(
             norm_name=(config.norm, {"affine": True}),
             act_name=_ACTIVATIONS[config.activation],
             deep_supervision=config.deep_supervision > 0,
-            deep_supr_num=max(1, config.deep_supervision),
+            deep_supr_num=min(max(1, config.deep_supervision), stages - 2),
             res_block=config.residual_units > 0,
         )
     if config.name == "segresnet":

@@ -1,5 +1,6 @@
 """A case: its row in a cohort, its files opened together, and prepared."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -65,6 +66,13 @@ class Case:
     def written_values(self) -> tuple[int, ...]:
         """Values of NCR, ED and ET in its predictions: the label file's, else those of 2023."""
         return self.label_values or EDITIONS["2023"].label_values
+
+    @property
+    def labelled_fraction(self) -> float:
+        """Fraction of the voxels of the foreground box that has a label; 1 where none are known."""
+        if self.foreground is None or not self.label_counts:
+            return 1.0
+        return sum(self.label_counts) / math.prod(s.stop - s.start for s in self.foreground)
 
     @property
     def foreground(self) -> Box | None:

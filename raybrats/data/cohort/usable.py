@@ -41,6 +41,7 @@ def usable(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
     good = trainable(cases, allow_incomplete=config.augment.drop_modality > 0)
     if not good:
         raise DataError(f"{config.data.cohort}: no case has labels; training needs them")
+    good = _labelled_enough(config, good)
     for side, chosen in zip(("training", "validation"), split(config, good), strict=True):
         if not chosen:
             subjects = len({c.subject for c in good})
@@ -49,6 +50,17 @@ def usable(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
                 f"{subjects} subjects; choose another fold, or -1 for all cases on both sides"
             )
     return good
+
+
+def _labelled_enough(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
+    """The cases of whose foreground box at least `data.min_labelled_fraction` is labelled."""
+    least = config.data.min_labelled_fraction
+    few = [case for case in cases if case.labelled_fraction < least]
+    if few:
+        names = ", ".join(case.case_id for case in few)
+        words = "left out, for less than %g of their voxels are labelled (%d of %d): %s"
+        _LOG.warning(words, least, len(few), len(cases), names)
+    return [case for case in cases if case.labelled_fraction >= least]
 
 
 def left_out(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
