@@ -257,7 +257,12 @@ def _answered(args: Sequence[str], stdout: TextIO, *, as_json: bool) -> int:
             return 0
         raise KeyboardInterrupt from end
     terminal.show(answer, stdout, as_json=as_json)
-    return DataError.exit_code if answer.document.get("failed") else 0
+    failed = answer.document.get("failed")
+    if not failed:
+        return 0
+    first = f"{failed[0]['case_id']}: {failed[0]['reason']}"
+    terminal.complain(f"{len(failed)} of {answer.document['cases']} cases failed; {first}")
+    return DataError.exit_code
 
 
 def _help_to(stdout: TextIO, args: Sequence[str]) -> AbstractContextManager[object]:

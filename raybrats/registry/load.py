@@ -169,6 +169,7 @@ def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
     """Every version of a registered model, newest first: number, aliases, Dice, recipe, run.
 
     Raises:
+        UsageError: the name is empty.
         TrackingError: the server is out of reach, or there is no model of that name.
 
     Example:
@@ -176,6 +177,8 @@ def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
         >>> newest["version"], newest["aliases"], newest["dice_mean"]  # doctest: +SKIP
         ('3', 'champion', '0.873214')
     """
+    if not name:
+        raise UsageError("an empty name; give that of a registered model")
     check_reachable(tracking_uri)
     with tracking_errors(tracking_uri):
         client = MlflowClient(tracking_uri, tracking_uri)

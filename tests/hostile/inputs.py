@@ -305,7 +305,7 @@ class Process:
     def interrupt(self) -> None:
         """Sends the signal once, to the command alone: the shell waits for it."""
         if not self.sent:
-            self.sent = True
+            self.sent, self._begun = True, time.monotonic()  # what counts is how soon it leaves
             with suppress(ProcessLookupError):
                 os.kill(_child(self._process.pid), self._signal)
 

@@ -187,6 +187,8 @@ def test_a_model_of_another_program_is_refused(config, tmp_path):
 def test_an_unknown_name_has_no_versions(config):
     with pytest.raises(TrackingError, match="nobody"):
         load.versions(config.tracking.uri, "nobody")
+    with pytest.raises(UsageError, match="an empty name"):
+        load.versions(config.tracking.uri, "")
 
 
 def test_a_dead_server_is_an_error_in_one_line():
