@@ -122,6 +122,22 @@ class Models:
 
 
 @dataclass(frozen=True)
+class ImportNnunet:
+    """Register a trained fold of nnU-Net."""
+
+    checkpoint: Positional[str]
+    """Its checkpoint_final.pth: a path or an s3:// URI, as the others."""
+    plans: Positional[str]
+    """Its plans.json."""
+    dataset: Positional[str]
+    """Its dataset.json."""
+    model: str = "raybrats"
+    """Name of the registered model."""
+    tracking_uri: str = ""
+    """MLflow server; empty: MLFLOW_TRACKING_URI, else runs/mlflow.db."""
+
+
+@dataclass(frozen=True)
 class Demo:
     """Run the whole line on phantoms: index, train, register, predict, evaluate, report."""
 

@@ -19,6 +19,7 @@ from raybrats.arguments import (
     HELP,
     Demo,
     Evaluate,
+    ImportNnunet,
     Index,
     Models,
     Phantom,
@@ -212,9 +213,28 @@ def models(args: Sequence[str]) -> Answer:
     )
 
 
+def import_nnunet(args: Sequence[str]) -> Answer:
+    """Register a trained fold of nnU-Net, whose checkpoint is read without running its code.
+
+    Example:
+        >>> words = ["checkpoint_final.pth", "plans.json", "dataset.json"]
+        >>> import_nnunet(words).title  # doctest: +SKIP
+        'models:/raybrats/4 is challenger'
+    """
+    o = parse(ImportNnunet, "import-nnunet", args)
+    from raybrats.runs.imported import import_fold
+
+    found = import_fold(o.checkpoint, o.plans, o.dataset, o.model, o.tracking_uri)
+    title = f"models:/{found.name}/{found.version} is {found.alias}"
+    return Answer({"model": asdict(found)}, title, (), [])
+
+
 VERBS: Mapping[str, Callable[[Sequence[str]], Answer]] = {
-    verb.__name__: verb
-    for verb in (demo, phantom, index, train, tune, segment, predict, evaluate, report, models)
+    verb.__name__.replace("_", "-"): verb
+    for verb in (
+        *(demo, phantom, index, train, tune, segment, predict, evaluate, report, models),
+        import_nnunet,
+    )
 }
 
 
@@ -280,7 +300,7 @@ def _verb(name: str) -> Callable[[Sequence[str]], Answer]:
 
 
 def _overview() -> str:
-    verbs = [f"  {name:10}{(v.__doc__ or '').splitlines()[0]}" for name, v in VERBS.items()]
+    verbs = [f"  {name:15}{(v.__doc__ or '').splitlines()[0]}" for name, v in VERBS.items()]
     return "\n".join(
         [
             "raybrats VERB ...: 3-D U-Nets for brain-tumour MRI, on Ray\n",

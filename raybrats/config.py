@@ -334,6 +334,8 @@ class ValidationConfig(Section):
     """Steps between validations; each also writes a checkpoint, and so does the end."""
     overlap: float = 0.5
     """Overlap of the sliding windows, as a fraction of the patch."""
+    mirror: bool = False
+    """Whether a window is seen in all its mirror images, whose logits are summed (nnU-Net)."""
     max_cases: int = 0
     """Held-out cases that are used, the first in cohort order; 0 uses all."""
     patience: int = 0

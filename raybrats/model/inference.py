@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import combinations, product
 from types import EllipsisType
 
 import numpy as np
@@ -64,13 +64,18 @@ def predict_case(
     if sampling == "slices":
         logits = _predict_slices(network, config, prepared, image)
     else:
-        logits = predict_logits(network, image, size, overlap)
+        logits = predict_logits(network, image, size, overlap, mirror=config.validation.mirror)
     return decoded(config.loss, logits)
 
 
 @torch.inference_mode()
 def predict_logits(
-    network: nn.Module, image: Tensor, patch_size: Sequence[int], overlap: float
+    network: nn.Module,
+    image: Tensor,
+    patch_size: Sequence[int],
+    overlap: float,
+    *,
+    mirror: bool = False,
 ) -> Tensor:
     """Logits of a whole image (batch, output, i, j, k), by blended sliding windows.
 
@@ -89,13 +94,22 @@ def predict_logits(
     blend = _gaussian(size, image.device)
     total: Tensor | None = None
     for window in _windows(padded.shape[2:], size, overlap):
-        logits = heads(network(padded[window]))[0].float()
+        logits = _seen(network, padded[window], (2, 3, 4) if mirror else ())
         if total is None:
             total = logits.new_zeros(*logits.shape[:2], *padded.shape[2:])
         total[window] += blend * logits
     assert total is not None, "an image has a window"
     inside = [slice(r // 2, r // 2 + edge) for r, edge in zip(room, shape, strict=True)]
     return total[(..., *inside)]
+
+
+def _seen(network: nn.Module, window: Tensor, axes: Sequence[int]) -> Tensor:
+    """The logits of a window, summed over all its mirror images along some axes."""
+    total = heads(network(window))[0].float()
+    for count in range(1, len(axes) + 1):
+        for turned in combinations(axes, count):
+            total = total + heads(network(window.flip(turned)))[0].float().flip(turned)
+    return total
 
 
 def _windows(
@@ -128,7 +142,8 @@ def _predict_slices(
     within = (..., prepared.box[0], prepared.box[1], slice(None))
     frame[within] = image
     small = _resized_brain(frame, (size[0], size[1], depth))
-    logits = [heads(network(piece))[0] for piece in small.split(SLICES_AT_ONCE, dim=4)]
+    axes = (2, 3) if config.validation.mirror else ()
+    logits = [_seen(network, piece, axes) for piece in small.split(SLICES_AT_ONCE, dim=4)]
     return _resized(torch.cat(logits, dim=4), frame.shape[2:])[within]
 
 

@@ -131,7 +131,7 @@ class _Encoder(nn.Module):
         for number, width in enumerate(config.widths):
             pooled = number > 0 and config.pooling == "max"
             stride = 1 if number == 0 or pooled else 2
-            length = RESIDUAL_BLOCKS[min(number, 3)] if residual else 2
+            length = blocks_of(config)[number]
             kind = _Blocks if residual else _Stack
             stage = kind(config, dims, (before, width), length=length, stride=stride)
             pool = [_MAX_POOL[dims](2)] if pooled else []
@@ -171,6 +171,18 @@ class _Decoder(nn.Module):
             if str(number) in self.seg_layers and (self.training or number == finest):
                 logits.append(self.seg_layers[str(number)](x))
         return logits[::-1]
+
+
+def blocks_of(config: NetworkConfig) -> tuple[int, ...]:
+    """Residual blocks, or plain convolutions, of each stage of the encoder.
+
+    Example:
+        >>> blocks_of(NetworkConfig(name="residual")), blocks_of(NetworkConfig(widths=(8, 16)))
+        ((1, 3, 4, 6, 6, 6), (2, 2))
+    """
+    if config.name != "residual":
+        return (2,) * len(config.widths)
+    return tuple(RESIDUAL_BLOCKS[min(number, 3)] for number in range(len(config.widths)))
 
 
 class UNet(nn.Module):

@@ -58,7 +58,7 @@ def register(
         run: MLflow run that trained the weights.
         config: its configuration, which is registered with the weights.
         files: files of its checkpoint, of which the weights are used.
-        scores: Dice of each region, and their mean under `mean`.
+        scores: Dice of each region, and their mean under `mean`; none if it was not scored.
         held_out: digest of the cases that were scored.
 
     Raises:
@@ -83,7 +83,7 @@ def register(
             tags |= {"held_out": held_out, "recipe": config.recipe}
             for key, value in tags.items():
                 client.set_model_version_tag(name, number, key, value)
-            alias = _choose_alias(client, name, scores["mean"], held_out)
+            alias = _choose_alias(client, name, scores.get("mean"), held_out)
             client.set_registered_model_alias(name, alias, number)
             # This tag comes last: a later attempt takes it for the sign that all of this is done.
             client.set_model_version_tag(name, number, "weights_sha256", weights)
@@ -180,8 +180,10 @@ def _find_version(client: MlflowClient, name: str, run: Run, weights: str) -> Ve
     return None
 
 
-def _choose_alias(client: MlflowClient, name: str, score: float, held_out: str) -> str:
+def _choose_alias(client: MlflowClient, name: str, score: float | None, held_out: str) -> str:
     """Champion if there is none, or if the score beats its own on the same cases."""
+    if score is None:
+        return CHALLENGER
     aliases = client.get_registered_model(name).aliases
     if CHAMPION not in aliases:
         return CHAMPION
