@@ -36,7 +36,7 @@ def recipe(name: str, changes: Mapping[str, object] | None = None) -> "TrainConf
     """A run by the name of its recipe, with the fields at dotted paths changed.
 
     Args:
-        name: tiny, crop128 or nnunet.
+        name: as `raybrats.recipes.RECIPES` has them: tiny, nnunet, crop128, ...
         changes: dotted field -> value, as on the command line.
 
     Raises:

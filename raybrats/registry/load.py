@@ -206,7 +206,7 @@ def _rounded(score: str) -> str:
 
 
 def _model(name: str, config: TrainConfig, weights: "Mapping[str, Tensor]") -> Model:
-    # torch and MONAI take seconds, which a look-up of versions need not wait for
+    # torch takes seconds, which a look-up of versions need not wait for
     from raybrats.model.inference import segment
     from raybrats.model.network import trained_network
 

@@ -98,7 +98,7 @@ def _check_weights(config: TrainConfig, data: bytes) -> None:
     Raises:
         RegistrationError: they are not finite, or not those of the configured network.
     """
-    from raybrats.model.network import trained_network  # MONAI takes seconds; a start needs none
+    from raybrats.model.network import trained_network  # torch takes seconds; a start needs none
 
     try:
         weights = safetensors.load(data)

@@ -61,7 +61,7 @@ def fit(job: Job, callbacks: Sequence[UserCallback] = ()) -> Outcome:
 
 
 def work(settings: Mapping[str, Any]) -> Outcome:
-    """What a worker comes to; imported where it runs, as MONAI takes seconds and 250 MB.
+    """What a worker comes to; imported where it runs, as torch takes seconds and 250 MB.
 
     Example:
         >>> work({"job": job})  # doctest: +SKIP
