@@ -19,10 +19,11 @@ from raybrats.config import NUM_FOLDS, DataConfig
 from raybrats.data.cohort.case import Case, open_case, prepare_case
 from raybrats.data.cohort.index import find_cases, summary, verify_case, with_folds
 from raybrats.data.cohort.rows import read_cohort, write_cohort
-from raybrats.data.cohort.usable import quarantined
+from raybrats.data.cohort.usable import quarantined, usable
 from raybrats.data.prepare import Prepared
 from raybrats.errors import ChangedObjectError, DataError, MissingObjectError
 from raybrats.phantom.phantom import make_phantom, write_phantoms
+from raybrats.recipes import recipe
 
 SHAPE = (24, 24, 20)
 
@@ -411,3 +412,26 @@ def test_a_real_case_of_each_edition_is_ok(real_cases: Path):
         assert case.shape == (240, 240, 155)
         assert case.spacing_mm == pytest.approx((1, 1, 1))
         assert tuple(count > 0 for count in case.label_counts) == has
+
+
+def test_cases_with_too_little_tumour_are_left_out_by_name(caplog: pytest.LogCaptureFixture):
+    """What three-modality says it leaves out: those under a hundredth of the foreground box."""
+    empty = Case("", "", "2021", "brats", ("/a.nii.gz",) * 4, "/seg.nii.gz", (1, 2, 4))
+    cases = [
+        replace(empty, case_id=f"c{n}", subject=f"c{n}", fold=n % 2, label_counts=counts, box=box)
+        for n, (counts, box) in enumerate(
+            [
+                ((3, 4, 3), (0, 10, 0, 10, 0, 10)),  # just one in a hundred
+                ((3, 4, 2), (0, 10, 0, 10, 0, 10)),
+                ((0, 0, 9), (5, 10, 0, 10, 0, 10)),
+                ((0, 0, 0), (0, 10, 0, 10, 0, 10)),
+                ((500, 0, 0), (0, 10, 0, 10, 0, 10)),
+                ((), ()),  # not known
+            ]
+        )
+    ]
+    with caplog.at_level("WARNING"):
+        good = usable(recipe("three-modality", {"data.fold": 0}), cases)
+    assert [case.case_id for case in good] == ["c0", "c2", "c4", "c5"]
+    assert "less than 0.01 of their voxels are labelled (2 of 6): c1, c3" in caplog.text
+    assert len(usable(recipe("nnunet"), cases)) == 6

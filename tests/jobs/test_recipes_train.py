@@ -1,0 +1,65 @@
+"""Every recipe by name, made small: it trains, goes on, is registered, predicts and is scored."""
+
+import pytest
+from faulty import SOAK
+
+from raybrats.config import override_all
+from raybrats.data.cohort.index import index
+from raybrats.phantom.phantom import write_phantoms
+from raybrats.predict.evaluate import evaluate
+from raybrats.predict.predict import predict
+from raybrats.recipes import RECIPES, recipe
+from raybrats.runs.run import train
+
+pytestmark = [
+    *(pytest.mark.ray, pytest.mark.mlflow, pytest.mark.slow),
+    pytest.mark.skipif(not SOAK, reason="a run for each recipe: make soak"),
+]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory, ray_cluster):
+    assert ray_cluster.address
+    folder = tmp_path_factory.mktemp("recipes")
+    write_phantoms(str(folder / "tree"), num_cases=6, shape=(48, 48, 40))
+    index(str(folder / "tree"), str(folder / "cohort.parquet"))
+    return folder / "cohort.parquet"
+
+
+def small(name, cohort, mlflow_uri):
+    made = recipe(name)
+    patch = {"slices": [32, 32, 1]}.get(made.data.sampling, [32, 32, 32])
+    changes = {
+        "data.cohort": str(cohort),
+        "data.patch_size": patch,
+        "network.widths": [8, 16, 16],
+        "optim.steps": 4,
+        "optim.precision": "fp32",
+        "optim.global_batch": 2,
+        "validation.every_steps": 2,
+        "validation.max_cases": 1,
+        "cluster.workers": 1,
+        "cluster.device": "cpu",
+        "run.name": name,
+        "run.storage_uri": str(cohort.parent / "runs"),
+        "tracking.uri": mlflow_uri,
+        "tracking.model": name,
+    }
+    return override_all(made, changes)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_goes_through_the_whole_line(name, cohort, mlflow_uri):
+    config = small(name, cohort, mlflow_uri)
+    result = train(config)
+    assert (result.steps, result.model.alias) == (4, "champion")
+    again = train(config)
+    assert (again.mlflow_run_id, again.scores) == (result.mlflow_run_id, result.scores)
+    assert again.model == result.model
+    out = str(cohort.parent / "predictions" / name)
+    uri = f"models:/{name}@champion"
+    predicted = predict(uri, str(cohort), out, fold=config.data.fold, tracking_uri=mlflow_uri)
+    assert predicted.written == predicted.cases > 0
+    assert predicted.failed == ()
+    scores = evaluate(out, str(cohort))
+    assert set(scores.mean) == {"WT", "TC", "ET", "mean"}
