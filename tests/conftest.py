@@ -42,7 +42,7 @@ TESTS = Path(__file__).parent
 # No example fails for its time: machines are loaded, and tests of time are elsewhere
 UNTIMED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("soak", **UNTIMED)
-settings.register_profile("ci", **UNTIMED, max_examples=40)
+settings.register_profile("ci", **UNTIMED, max_examples=25)
 settings.load_profile("soak" if "RAYBRATS_SOAK" in os.environ else "ci")
 
 

@@ -189,6 +189,8 @@ def test_a_run_in_which_nothing_moves_is_noticed(tmp_path):
         stop.check()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not SOAK, reason="a run more: make soak")
 def test_a_run_that_hangs_is_ended_without_a_signal(base, ray_cluster, tmp_path, monkeypatch):
     """Its workers have left their steps for good, its driver is a thread, its lease another's."""
     story = Story(tmp_path / "story", (Fault("hang", rank=0, step=2),))

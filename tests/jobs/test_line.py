@@ -102,6 +102,7 @@ def test_training_lowers_the_loss(trained: dict[str, Any], line: Line) -> None:
     assert client.get_run(trained["mlflow_run_id"]).info.status == "FINISHED"
 
 
+@pytest.mark.skipif("RAYBRATS_SOAK" not in os.environ, reason="a job more: make soak")
 def test_a_finished_run_is_resumed_without_another_step(
     trained: dict[str, Any], line: Line
 ) -> None:

@@ -3,6 +3,7 @@
 import nibabel as nib
 import numpy as np
 import pytest
+from faulty import SOAK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -137,7 +138,7 @@ def test_a_region_is_the_voxels_of_its_labels(labels):
 
 @pytest.mark.real
 def test_dice_of_real_segmentations_is_that_of_their_files(real_cases):
-    for number in range(1, 6):
+    for number in range(1, 6 if SOAK else 2):
         stem = f"BraTS20_Training_{number:03d}"
         paths = [real_cases / "segmentations" / f"{stem}_{k}.nii.gz" for k in ("prediction", "seg")]
         volumes = [decode(path.read_bytes(), path.name) for path in paths]

@@ -26,7 +26,7 @@ def samples(word, count=30):
         ("loss.dice_weight=uniform(0.2, 0.8)", lambda v: 0.2 <= v <= 0.8),
         ("optim.lr=loguniform(1e-4, 1e-2)", lambda v: 1e-4 <= v <= 1e-2),
         ("loss.ce_weight=quniform(0.5, 2, 0.5)", lambda v: v in (0.5, 1, 1.5, 2)),
-        ("network.residual_units=randint(0, 3)", lambda v: v in (0, 1, 2)),
+        ("optim.warmup_steps=randint(0, 3)", lambda v: v in (0, 1, 2)),
         ("optim.name=choice(['sgd', 'adamw'])", lambda v: v in ("sgd", "adamw")),
         ("data.patch_size=choice([[16,16,16],[32,32,32]])", lambda v: v in ([16] * 3, [32] * 3)),
         ("network.widths=choice([(8, 16, 32)])", lambda v: v == (8, 16, 32)),
