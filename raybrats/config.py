@@ -227,12 +227,16 @@ class NetworkConfig(Section):
     `residual`)."""
     initial_weights: Literal["he_normal", "he_uniform"] = "he_normal"
     """Distribution of the first weights, for the activation (`plain`, `residual`)."""
+    init_from: str = ""
+    """Registered model, checkpoint or run whose weights a new run begins with; heads for other
+    outputs are new, and of the modalities it has those that are wanted are taken."""
 
     def __post_init__(self) -> None:
         for name, networks in self._HAVE.items():
             default = type(self).__dataclass_fields__[name].default
             has = self.name in networks or getattr(self, name) == default
             _require(has, f"network.{name}", f"{default!r} with {self.name}", getattr(self, name))
+        _require_no_secret("network.init_from", self.init_from)
         enough = 3 if self.name == "dynunet" else 2
         # 2 to the power of 9 is more than the edge of any case, and blocks are made one by one
         rule = f"{enough} to 10 long"

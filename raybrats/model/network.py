@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from raybrats.brats import LABEL_NAMES, REGIONS
 from raybrats.config import LossConfig, NetworkConfig, TrainConfig
-from raybrats.errors import CheckpointError
+from raybrats.errors import CheckpointError, UsageError
 from raybrats.model.unet import LEAK, UNet
 
 _ACTIVATIONS = {
@@ -170,6 +170,47 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+
+
+def fitting(
+    config: TrainConfig, theirs: TrainConfig, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What the network of a run can begin with of another run's weights, and what it has anew.
+
+    Only heads are new: those for other outputs, or at other resolutions.
+
+    Raises:
+        UsageError: the other run has another network, or lacks a modality.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> weights = weights_of(network_of(tiny()))
+        >>> kept, new = fitting(tiny(), tiny(), weights)
+        >>> len(kept) == len(weights), new
+        (True, [])
+    """
+    with torch.device("meta"):
+        wanted = weights_of(network_of(config))
+    source = dict(weights)
+    if config.data.modalities != theirs.data.modalities:
+        first = next(iter(wanted))  # the first layer is the one that sees the image
+        source[first] = source[first][:, _channels(config, theirs)].contiguous()
+    kept = {n: t for n, t in source.items() if n in wanted and wanted[n].shape == t.shape}
+    new = [name for name in wanted if name not in kept]
+    others = [name for name in new if wanted[name].shape[:1] != (num_outputs(config.loss),)]
+    if others or not kept:
+        raise UsageError(f"network.init_from has another network: {[*others, *new][0]} differs")
+    return kept, new
+
+
+def _channels(config: TrainConfig, theirs: TrainConfig) -> list[int]:
+    """The places of a run's modalities among those of another run."""
+    lacking = [m for m in config.data.modalities if m not in theirs.data.modalities]
+    if lacking or config.network.name not in ("plain", "residual"):
+        has = ", ".join(theirs.data.modalities)
+        what = f"no {', '.join(lacking)}" if lacking else f"a {config.network.name} for {has}"
+        raise UsageError(f"network.init_from has {what}; it was trained on {has}")
+    return [theirs.data.modalities.index(m) for m in config.data.modalities]
 
 
 def num_bytes(config: TrainConfig) -> int:

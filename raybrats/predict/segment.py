@@ -10,7 +10,7 @@ from raybrats import storage
 from raybrats.brats import REGION_LABELS, REGIONS, Region
 from raybrats.data.nifti.header import Grid
 from raybrats.data.nifti.volume import encode_labels, from_canonical, to_canonical
-from raybrats.errors import MissingObjectError, UsageError
+from raybrats.errors import UsageError
 from raybrats.predict import patient
 from raybrats.predict.patient import Files, PathLike
 from raybrats.predict.target import check_target
@@ -167,14 +167,9 @@ def load(uri: str, tracking_uri: str = "") -> Segmenter:
         >>> load("s3://bucket/runs/one").modalities  # doctest: +SKIP
         ('flair', 't1', 't1ce', 't2')
     """
-    if uri.startswith("models:"):
-        return Segmenter(loading.load(uri, tracking_uri or tracking.default_uri()))
-    uri = storage.absolute(uri)
-    try:
-        storage.require(uri)
-    except MissingObjectError as error:
-        kinds = "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint, or the folder of a run"
-        raise MissingObjectError(f"{error}; expected {kinds}") from error
-    if storage.name(uri.rpartition("/")[0]) == "checkpoints":
-        return Segmenter(loading.load_checkpoint(uri))
-    return Segmenter(loading.load_run(uri))
+    return Segmenter(loading.load(uri, tracking_uri or _default_uri(uri)))
+
+
+def _default_uri(uri: str) -> str:
+    """The MLflow server of a registered model; a checkpoint needs none."""
+    return tracking.default_uri() if uri.startswith("models:") else ""

@@ -14,8 +14,9 @@ import numpy as np
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, list_artifacts
 
+from raybrats import storage
 from raybrats.config import TrainConfig, from_json
-from raybrats.errors import CheckpointError, UsageError
+from raybrats.errors import CheckpointError, MissingObjectError, UsageError
 from raybrats.registry.server import check_reachable, tracking_errors
 from raybrats.registry.tracking import default_server
 from raybrats.train import manifest
@@ -45,20 +46,70 @@ class Model:
     """Whether it was trained with modalities dropped, so that one may be missing."""
 
 
-def load(model_uri: str, tracking_uri: str) -> Model:
-    """The model behind `models:/name@alias` or `models:/name/version`.
+@dataclass(frozen=True)
+class Trained:
+    """A network that was trained, as it is stored."""
 
-    A registered model is data here: its weights and its configuration are read, and the network is
-    raybrats' own. Code and pickles that a version may hold are neither run nor fetched.
+    name: str
+    """`models:/name/version`, or the URI of a checkpoint."""
+    config: TrainConfig
+    weights: "Mapping[str, Tensor]"
+
+
+def load(uri: str, tracking_uri: str) -> Model:
+    """The model behind `models:/name@alias` or `models:/name/version`, a checkpoint or a run.
 
     Raises:
-        UsageError: the URI is not of that form, or raybrats did not register the model.
-        TrackingError: the server is out of reach, or there is no such model.
-        CheckpointError: its weights are not those that were registered, or not of its network.
+        RaybratsError: as `read` does.
 
     Example:
         >>> model = load("models:/raybrats@champion", "http://mlflow:5000")  # doctest: +SKIP
         >>> labels = model.predict(np.stack([flair, t1, t1ce, t2]))  # doctest: +SKIP
+    """
+    # torch takes seconds, which a look-up of versions need not wait for
+    from raybrats.model.inference import segment
+    from raybrats.model.network import trained_network
+
+    trained = read(uri, tracking_uri)
+    config = trained.config
+    predict = partial(segment, trained_network(config, trained.weights), config)
+    incomplete = config.augment.drop_modality > 0
+    return Model(trained.name, config.data.modalities, predict, incomplete)
+
+
+def read(uri: str, tracking_uri: str) -> Trained:
+    """The network behind `models:/name@alias` or `models:/name/version`, a checkpoint or a run.
+
+    Of a run it is the best checkpoint, or the newest where none was validated; those that do not
+    verify are passed over.
+
+    Raises:
+        UsageError: a `models:/` URI of another form, or raybrats did not register the model.
+        TrackingError: the server is out of reach, or there is no such model.
+        CheckpointError: the weights are not those that were registered, or not of their network;
+            the checkpoint is damaged, or the run has none that can be loaded.
+        StorageError: there is nothing at the URI, or it is out of reach.
+
+    Example:
+        >>> read("runs/one", "").name  # doctest: +SKIP
+        'runs/one/checkpoints/step-00000150'
+    """
+    if uri.startswith("models:"):
+        return _read_version(uri, tracking_uri)
+    uri = storage.absolute(uri)
+    try:
+        storage.require(uri)
+    except MissingObjectError as error:
+        kinds = "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint, or the folder of a run"
+        raise MissingObjectError(f"{error}; expected {kinds}") from error
+    is_checkpoint = storage.name(uri.rpartition("/")[0]) == "checkpoints"
+    return _read_checkpoint(uri) if is_checkpoint else _read_run(uri)
+
+
+def _read_version(model_uri: str, tracking_uri: str) -> Trained:
+    """A registered model, which is data here: code and pickles that a version may hold stay there.
+
+    Its weights and its configuration are read, and the network is raybrats' own.
     """
     name = resolve(model_uri, tracking_uri)
     _, model, version = name.split("/")
@@ -80,44 +131,22 @@ def load(model_uri: str, tracking_uri: str) -> Model:
         raise CheckpointError(
             f"{name}: its weights are not those that were registered; take another version"
         )
-    return _model(name, config, parts.tensors(weights, name))
+    return Trained(name, config, parts.tensors(weights, name))
 
 
-def load_checkpoint(uri: str) -> Model:
-    """The model of a checkpoint, `<run>/checkpoints/step-00000150`; only what it needs is read.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-        StorageError: it is out of reach.
-
-    Example:
-        >>> model = load_checkpoint("runs/one/checkpoints/step-00000150")  # doctest: +SKIP
-        >>> labels = model.predict(np.stack([flair, t1, t1ce, t2]))  # doctest: +SKIP
-    """
+def _read_checkpoint(uri: str) -> Trained:
     from raybrats.train import checkpoint  # torch
 
     found = checkpoint.read_network(uri)
-    return _model(uri, found.config, found.weights)
+    return Trained(uri, found.config, found.weights)
 
 
-def load_run(run_uri: str) -> Model:
-    """The model of a run's best checkpoint, or of its newest where none was validated.
-
-    Checkpoints that do not verify are passed over.
-
-    Raises:
-        CheckpointError: the run has no checkpoint that can be loaded.
-        StorageError: it is out of reach.
-
-    Example:
-        >>> load_run("s3://bucket/runs/one").name  # doctest: +SKIP
-        's3://bucket/runs/one/checkpoints/step-00000150'
-    """
+def _read_run(run_uri: str) -> Trained:
     written = manifest.written(run_uri)
     problem = "it has none"
     for candidate in (*manifest.ranked(written), *reversed(written)):
         try:
-            return load_checkpoint(candidate.uri)
+            return _read_checkpoint(candidate.uri)
         except CheckpointError as error:
             problem = str(error)
     raise CheckpointError(f"{run_uri}: no checkpoint that can be loaded ({problem})")
@@ -203,16 +232,6 @@ def _rounded(score: str) -> str:
     with suppress(ValueError):  # none, or what somebody else has written there
         return f"{float(score):.6f}"
     return score
-
-
-def _model(name: str, config: TrainConfig, weights: "Mapping[str, Tensor]") -> Model:
-    # torch takes seconds, which a look-up of versions need not wait for
-    from raybrats.model.inference import segment
-    from raybrats.model.network import trained_network
-
-    network = trained_network(config, weights)
-    predict = partial(segment, network, config)
-    return Model(name, config.data.modalities, predict, config.augment.drop_modality > 0)
 
 
 def _file(name: str, file: str, tracking_uri: str, limit: int) -> bytes:

@@ -16,10 +16,10 @@ from raybrats.data.cohort import index
 from raybrats.data.cohort.case import Case
 from raybrats.data.cohort.usable import left_out, split, usable
 from raybrats.errors import RaybratsError, TrackingError
-from raybrats.registry import tracking
+from raybrats.registry import load, tracking
 from raybrats.registry.tracking import Run
 from raybrats.runs import board, gauges, launch, lease, record
-from raybrats.runs.job import Job, Outcome
+from raybrats.runs.job import INITIAL, Job, Outcome
 from raybrats.runs.stop import Stop, on_sigterm
 
 _LOG = logging.getLogger(__name__)
@@ -141,7 +141,9 @@ def opened(
         if cases is None:
             cases = fitting_cases(config)
         record.check_cohort(known, cases, uri)
-        run = record.open_tracking(config, uri, known, cases, parent)
+        begun = first_weights(config, uri) if known is None else ""
+        tags = {"raybrats.init_from": begun} if begun else {}
+        run = record.open_tracking(config, uri, known, cases, parent, tags)
         attempt = Attempt(config, uri, tuple(cases), run, stop, num_at_once)
         try:
             yield attempt
@@ -153,6 +155,32 @@ def opened(
                     tracking.finish(attempt.tracking, "KILLED" if interrupted else "FAILED")
             raise
         close(attempt.tracking)
+
+
+def first_weights(config: TrainConfig, uri: str) -> str:
+    """Puts what `network.init_from` names beside the run, for its workers; returns its exact name.
+
+    A new run begins with it, and so does every restart before its first checkpoint.
+
+    Raises:
+        RaybratsError: there is no such model, or it does not fit.
+
+    Example:
+        >>> first_weights(config, "runs/two")  # doctest: +SKIP
+        'models:/raybrats/3'
+    """
+    wanted = config.network.init_from
+    if not wanted:
+        return ""
+    from safetensors.torch import save  # torch
+
+    from raybrats.model.network import fitting
+
+    source = load.read(wanted, tracking.tracking_uri(config))
+    kept, new = fitting(config, source.config, source.weights)
+    storage.write_bytes(storage.join(uri, INITIAL), save(kept))
+    _LOG.info("begins with %s%s", source.name, f"; new: {', '.join(new)}" if new else "")
+    return source.name
 
 
 def close(run: Run, status: str = "FINISHED") -> None:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:  # Ray Train's controller reads this file, and has no use for 
     from raybrats.registry.tracking import Run
 
 
+INITIAL = "initial.safetensors"
+"""Beside the checkpoints of a run: what it begins with, if it begins with another run's weights."""
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything a worker needs, fixed by the driver."""

@@ -113,6 +113,7 @@ def open_tracking(
     known: Record | None,
     cases: Sequence[Case],
     parent: Run | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> Run:
     """The MLflow run of an earlier attempt, or a new one that later attempts will find.
 
@@ -131,7 +132,7 @@ def open_tracking(
         if run.run_id:
             tracking.resume(run)
             return run
-        run = tracking.start(config, parent=parent)
+        run = tracking.start(config, parent=parent, tags=tags)
     except TrackingError as error:
         if config.tracking.required:
             raise

@@ -14,6 +14,7 @@ import torch.distributed
 from ray.exceptions import RayError
 from torch.nn.parallel import DistributedDataParallel
 
+from raybrats import storage
 from raybrats.config import TrainConfig, digest
 from raybrats.data.cache import Tally, prepared
 from raybrats.data.cohort.case import Case
@@ -22,9 +23,9 @@ from raybrats.data.prepare import Prepared
 from raybrats.data.stream import Assignment, Stream
 from raybrats.errors import CheckpointError, DivergedError, RaybratsError, cause_of
 from raybrats.runs.agree import agree
-from raybrats.runs.job import Job, Outcome
+from raybrats.runs.job import INITIAL, Job, Outcome
 from raybrats.runs.lead import Follower, Lead
-from raybrats.train import checkpoint, loop
+from raybrats.train import checkpoint, loop, parts
 from raybrats.train.checkpoint import Checkpoint, Written
 from raybrats.train.learner import Learner, new_learner
 from raybrats.train.loop import Hooks
@@ -51,6 +52,9 @@ def work(job: Job) -> Outcome:
         found, rejected = _resume(job, learner)
         if found is not None and found.finished:
             return Outcome(learner.step, found.metrics, rejected)
+        if found is None and job.config.network.init_from:
+            place = storage.join(job.run_uri, INITIAL)
+            learner.begin(parts.tensors(storage.read_bytes(place), place))
         if world > 1:
             ids = [device.index] if device.type == "cuda" else None
             learner.network = DistributedDataParallel(learner.network, device_ids=ids)

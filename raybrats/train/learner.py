@@ -105,6 +105,11 @@ class Learner:
         self.validations_since_best = 0 if better else self.validations_since_best + 1
         self.best, self.validated_at = max(self.best, mean_dice), self.step
 
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes over the weights that there are, before the first step."""
+        for network in (self.bare, self.validated):
+            load_weights(network, weights_of(network) | dict(weights))
+
     def restore(
         self, weights: Mapping[str, Tensor], state: Mapping[str, Any], progress: Mapping[str, Any]
     ) -> None:

@@ -1,7 +1,10 @@
 """Every recipe by name, made small: it trains, goes on, is registered, predicts and is scored."""
 
 import pytest
+import torch
 from faulty import SOAK
+from mlflow import MlflowClient
+from safetensors import torch as safetensors
 
 from raybrats.config import override_all
 from raybrats.data.cohort.index import index
@@ -10,6 +13,7 @@ from raybrats.predict.evaluate import evaluate
 from raybrats.predict.predict import predict
 from raybrats.recipes import RECIPES, recipe
 from raybrats.runs.run import train
+from raybrats.train import checkpoint
 
 pytestmark = [
     *(pytest.mark.ray, pytest.mark.mlflow, pytest.mark.slow),
@@ -63,3 +67,19 @@ def test_a_recipe_goes_through_the_whole_line(name, cohort, mlflow_uri):
     assert predicted.failed == ()
     scores = evaluate(out, str(cohort))
     assert set(scores.mean) == {"WT", "TC", "ET", "mean"}
+
+
+def test_a_run_begins_where_another_has_ended(cohort, mlflow_uri):
+    """So slow a step changes nothing that can be seen."""
+    source = train(override_all(small("tiny", cohort, mlflow_uri), {"run.name": "source"}))
+    uri = f"models:/tiny/{source.model.version}"
+    changes = {"network.init_from": uri, "optim.lr": 1e-12, "run.name": "begun", "run.seed": 9}
+    config = override_all(small("tiny", cohort, mlflow_uri), changes)
+    begun = train(override_all(config, {"optim.weight_decay": 0.0}))
+    first, last = checkpoint.best(source.run_uri), checkpoint.newest(begun.run_uri)
+    before = safetensors.load(first.files[checkpoint.WEIGHTS])
+    assert before.keys() == last.weights.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(last.weights[name], tensor, rtol=0, atol=1e-6)
+    tags = MlflowClient(mlflow_uri).get_run(begun.mlflow_run_id).data.tags
+    assert tags["raybrats.init_from"] == uri

@@ -1,14 +1,31 @@
 """Networks by name: shapes, heads, weights out and in, and gradients as DDP needs them."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
 
-from raybrats.config import LossConfig, NetworkConfig
-from raybrats.errors import CheckpointError
+from raybrats.brats import MODALITIES
+from raybrats.config import (
+    DataConfig,
+    LossConfig,
+    NetworkConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from raybrats.errors import CheckpointError, UsageError
 from raybrats.model.loss import SegmentationLoss
-from raybrats.model.network import build, heads, load_weights, weights_of
+from raybrats.model.network import (
+    build,
+    fitting,
+    heads,
+    load_weights,
+    network_of,
+    weights_of,
+)
+from raybrats.train.learner import new_learner
 
 NETWORKS = {
     "plain": NetworkConfig(widths=(4, 8, 16)),
@@ -127,3 +144,48 @@ def test_a_flat_network_takes_each_slice_by_itself(config):
         torch.testing.assert_close(whole[..., k : k + 1], alone)
     trained = heads(network.train()(image()))
     assert [head.shape for head in trained] == [(*shape[:4], 8) for shape in shapes(config)]
+
+
+def run(name="plain", modalities=MODALITIES, target="regions", heads=1):
+    return TrainConfig(
+        data=DataConfig(modalities=modalities),
+        network=NetworkConfig(name=name, widths=(4, 8, 8), deep_supervision=heads),
+        loss=LossConfig(target=target),
+    )
+
+
+@pytest.mark.parametrize("name", ["plain", "residual"])
+def test_a_run_begins_with_the_modalities_and_layers_that_it_shares(name):
+    theirs, ours = run(name), run(name, ("t2", "flair"), "labels", heads=0)
+    weights = weights_of(network_of(theirs))
+    kept, new = fitting(ours, theirs, weights)
+    assert new == ["decoder.seg_layers.1.weight", "decoder.seg_layers.1.bias"]
+    assert kept.keys() | new == weights_of(network_of(ours)).keys()
+    first = next(iter(weights))
+    assert torch.equal(kept[first], weights[first][:, [3, 0]])
+    assert all(torch.equal(kept[n], weights[n]) for n in kept if n != first)
+
+
+def test_a_learner_begins_with_what_there_is_and_its_average_too():
+    config = replace(run(), optim=OptimConfig(ema_decay=0.9))
+    learner = new_learner(config, torch.device("cpu"))
+    other = weights_of(network_of(replace(config, run=RunConfig(seed=7))))
+    given = {name: t + 1 for name, t in other.items() if "seg_layers" not in name}
+    before = {name: t.clone() for name, t in weights_of(learner.bare).items()}
+    learner.begin(given)
+    for network in (learner.bare, learner.validated):
+        for name, tensor in weights_of(network).items():
+            assert torch.equal(tensor, given.get(name, before[name])), name
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (run(), run(modalities=("t1", "t2")), "has no flair, t1ce; it was trained on t1, t2"),
+        (run("residual"), run(), "another network"),
+        (run("dynunet", ("t1",)), run("dynunet"), "a dynunet for flair, t1, t1ce, t2"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(ours, theirs, said):
+    with pytest.raises(UsageError, match=said):
+        fitting(ours, theirs, weights_of(network_of(theirs)))

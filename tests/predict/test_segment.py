@@ -218,7 +218,7 @@ def test_a_missing_modality_is_refused_unless_the_model_knows_that(model, folder
 
 def test_whether_a_modality_may_be_missing_is_in_the_checkpoint(tmp_path):
     uri = written(str(tmp_path / "run"), 1, config=DROPPING)
-    assert loading.load_checkpoint(uri).takes_incomplete
+    assert loading.load(uri, "").takes_incomplete
 
 
 def padded(volume, width):
