@@ -6,7 +6,7 @@ not that of the cause, where its words do not say what they must, where a traceb
 character is shown, where a refusal takes more than one line, or where it takes over a minute.
 
     python tests/hostile/inputs.py                  # all, as a Markdown table; exit 1 if one fails
-    python tests/hostile/inputs.py --only predict   # rows that hold this
+    python tests/hostile/inputs.py --only predict   # rows that hold one of these
 """
 
 import argparse
@@ -409,7 +409,7 @@ def names_of(root: Path) -> dict[str, str]:
     }
 
 
-def rows(root: Path, only: str = "") -> Iterator[tuple[Input, Outcome]]:
+def rows(root: Path, only: Sequence[str] = ("",)) -> Iterator[tuple[Input, Outcome]]:
     """Every input with its outcome, in the servers and files that they need."""
     with ExitStack() as stack:
         for name in ("s3", "ray", "scene"):
@@ -430,7 +430,7 @@ def rows(root: Path, only: str = "") -> Iterator[tuple[Input, Outcome]]:
         add_after_line(scene)
         spoil_registry(scene, environment["MLFLOW_TRACKING_URI"])
         for given in read_inputs(others, names):
-            if only in given.words or only in given.what:
+            if any(part in given.words or part in given.what for part in only):
                 yield given, run(given, scene, environment)
 
 
@@ -441,7 +441,8 @@ def _environment(s3: S3, head: RayHead, scene: Path) -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="part of a command or of what the input is")
+    words = "parts of a command or of what the input is"
+    parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help=words)
     args = parser.parse_args()
     found: list[tuple[Input, Outcome]] = []
     print("| verb | input | code | s | lines | last line | |\n|---|---|---|---|---|---|---|")
