@@ -164,8 +164,9 @@ def config_of(verb: str, args: Sequence[str]) -> TrainConfig:
     if not args or (args[0].startswith("-") and args[0] not in HELP):
         names = ", ".join(RECIPES)
         raise UsageError(f"{prog} RECIPE [--field value], or --config FILE; recipes: {names}")
-    if not args[0].startswith("-"):
-        recipe(args[0])
+    if args[0] not in RECIPES and not args[0].startswith("-"):
+        config = recipe(args[0])
+        return _parsed(lambda: tyro.cli(TrainConfig, default=config, prog=prog, args=args[1:]))
     choices = {
         name: ((make.__doc__ or "").splitlines()[0], make()) for name, make in RECIPES.items()
     }

@@ -1,8 +1,11 @@
 """Named runs as functions; their docstrings are promises that a test or a benchmark keeps."""
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
 from raybrats.config import (
@@ -252,6 +255,11 @@ RECIPES: MappingProxyType[str, Callable[[], TrainConfig]] = MappingProxyType(
 def recipe(name: str, changes: Mapping[str, object] | None = None) -> TrainConfig:
     """The run of this name, with the fields at dotted paths changed.
 
+    Args:
+        name: one of `RECIPES`, an entry point of an installed package in the group
+            `raybrats.recipes`, or `my.module:function`, which is looked for here too.
+        changes: dotted field -> value.
+
     Raises:
         UsageError: there is no such recipe or field (the nearest name is suggested), or a value
             does not fit.
@@ -261,11 +269,30 @@ def recipe(name: str, changes: Mapping[str, object] | None = None) -> TrainConfi
         >>> config.recipe, config.data.cohort, config.optim.global_batch
         ('crop128', 'cohort.parquet', 4)
     """
-    if name not in RECIPES:
-        near = get_close_matches(name, RECIPES, n=1)
+    config = RECIPES[name]() if name in RECIPES else _of_others(name)
+    return override_all(config, changes) if changes else config
+
+
+def _of_others(name: str) -> TrainConfig:
+    """A recipe that is not raybrats' own."""
+    offered = {found.name: found.value for found in entry_points(group="raybrats.recipes")}
+    place = offered.get(name, name)
+    if ":" not in place:
+        names = [*RECIPES, *offered]
+        near = get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"no recipe {name!r}; {hint}there are {', '.join(RECIPES)}")
-    return override_all(RECIPES[name](), changes) if changes else RECIPES[name]()
+        words = f"there are {', '.join(names)}, and my.module:function"
+        raise UsageError(f"no recipe {name!r}; {hint}{words}")
+    if (here := os.getcwd()) not in sys.path:  # as for `python -m`
+        sys.path.insert(0, here)
+    try:
+        config = EntryPoint(name, place, "raybrats.recipes").load()()
+    except Exception as error:  # whatever the code of others raises
+        kind, (first, *_) = type(error).__name__, str(error).strip().splitlines() or [""]
+        raise UsageError(f"recipe {name}: {kind}: {first[:200]}") from error
+    if not isinstance(config, TrainConfig):
+        raise UsageError(f"recipe {name}: makes {type(config).__name__}, not a TrainConfig")
+    return replace(config, recipe=name)
 
 
 def named(config: TrainConfig, stamp: str) -> TrainConfig:
@@ -275,5 +302,5 @@ def named(config: TrainConfig, stamp: str) -> TrainConfig:
         >>> named(tiny(), "20260101-120000").run.name
         'tiny-20260101-120000'
     """
-    name = config.run.name or f"{config.recipe}-{stamp}"
+    name = config.run.name or f"{config.recipe.replace(':', '-')}-{stamp}"
     return replace(config, run=replace(config.run, name=name))
