@@ -4,7 +4,7 @@
 
 Each change is forced on for every patch (blur and low resolution for their fraction of the
 modalities); "default mix" is the mean over the draws of `AugmentConfig()`. Rounds are interleaved.
-Needs torch, numpy and, for the step, MONAI; neither Ray nor MLflow.
+Needs torch and numpy; neither MONAI, Ray nor MLflow.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python tests/bench/gpu_step.py [--edge 128] [--batches 2 4 8] [--only bf16] [--json]
     python tests/bench/gpu_step.py --device cpu --edge 32 --batches 1 2 --steps 2
 
-Needs torch, numpy, MONAI and nibabel; neither Ray, MLflow, pydantic, tyro, pyarrow, fsspec nor
-numba. Where MONAI and nibabel are wheels that were unpacked into a folder:
+Needs torch, numpy and nibabel; neither MONAI, Ray, MLflow, pydantic, tyro, pyarrow, fsspec nor
+numba. Where nibabel is a wheel that was unpacked into a folder:
 
-    pip download --no-deps --dest wheels monai nibabel       # where there is a network
+    pip download --no-deps --dest wheels nibabel             # where there is a network
     for wheel in wheels/*.whl; do python -m zipfile -e $wheel unpacked; done
     PYTHONPATH=.:unpacked python tests/bench/gpu_step.py --json > gpu_step.json
 

@@ -12,7 +12,7 @@ that is float32, normalised and on the device for good; nothing is clipped or gu
 one thread; on a GPU it is the wall, and the device is waited for only at the ends of a round.
 
 With augmentation off the ratio is what the loop costs; with `AugmentConfig()` also what that costs
-on this device. Needs torch, numpy and MONAI, neither Ray, MLflow, pydantic nor tyro.
+on this device. Needs torch and numpy, neither MONAI, Ray, MLflow, pydantic nor tyro.
 """
 
 import argparse
