@@ -82,7 +82,9 @@ def read_fold(checkpoint_uri: str, plans_uri: str, dataset_uri: str) -> Fold:
         target, outputs = _outputs(dataset)
         config = _config(plan, order, dataset, target)
         weights = _weights(state["network_weights"], order, outputs)
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+    except UsageError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         where = f"{checkpoint_uri}, {plans_uri}, {dataset_uri}"
         raise DataError(
             f"{where}: not those of one fold of nnU-Net ({error!r} is missing)"
