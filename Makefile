@@ -14,8 +14,10 @@ test: .venv/installed lint
 	$(BIN)/coverage combine --quiet .coverage.ray .coverage.rest
 	$(BIN)/coverage report
 
+# With FALLBACKS=1 the others follow these, which end first.
 test-ray: .venv/installed
 	COVERAGE_FILE=.coverage.ray $(BIN)/pytest --cov --cov-report= --cov-fail-under=0 -m ray
+	$(if $(FALLBACKS),$(MAKE) test-fallbacks)
 
 test-rest: .venv/installed
 	COVERAGE_FILE=.coverage.rest $(BIN)/pytest --cov --cov-report= --cov-fail-under=0 -m "not ray"
