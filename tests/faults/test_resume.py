@@ -12,7 +12,7 @@ from raybrats.config import override, override_all
 from raybrats.data.plan import Plan
 
 pytestmark = pytest.mark.faults
-NUM_SEEDS = 20 if SOAK else 3
+NUM_SEEDS = 20 if SOAK else 2
 
 
 @pytest.fixture(scope="module")
