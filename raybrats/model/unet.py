@@ -5,6 +5,7 @@ So weights go to and from nnU-Net's checkpoints by name and shape. A test holds 
 imported: it wants timm and torchvision, and lists a layer up to three times.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -58,27 +59,6 @@ class _ConvNorm(nn.Module):
         return self.nonlin(self.norm(self.conv(x)))
 
 
-class _Stack(nn.Module):
-    """Convolutions one after the other; the first one has the stride."""
-
-    def __init__(
-        self,
-        config: NetworkConfig,
-        dims: int,
-        channels: tuple[int, int],
-        *,
-        length: int,
-        stride: int = 1,
-    ) -> None:
-        super().__init__()
-        first = _ConvNorm(config, dims, channels, stride=stride)
-        more = [_ConvNorm(config, dims, (channels[1], channels[1])) for _ in range(length - 1)]
-        self.convs = nn.Sequential(first, *more)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.convs(x)
-
-
 class _Residual(nn.Module):
     """Two convolutions and a way around them, which is averaged where they have a stride."""
 
@@ -98,25 +78,20 @@ class _Residual(nn.Module):
         return self.nonlin2(self.conv2(self.conv1(x)) + self.skip(x))
 
 
-class _Blocks(nn.Module):
-    """Residual blocks one after the other; the first one has the stride."""
-
-    def __init__(
-        self,
-        config: NetworkConfig,
-        dims: int,
-        channels: tuple[int, int],
-        *,
-        length: int,
-        stride: int = 1,
-    ) -> None:
-        super().__init__()
-        first = _Residual(config, dims, channels, stride=stride)
-        more = [_Residual(config, dims, (channels[1], channels[1])) for _ in range(length - 1)]
-        self.blocks = nn.Sequential(first, *more)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(x)
+def _row(
+    name: str,
+    config: NetworkConfig,
+    dims: int,
+    channels: tuple[int, int],
+    *,
+    length: int,
+    stride: int = 1,
+) -> nn.Sequential:
+    """Convolutions (`convs`) or residual blocks (`blocks`), the first of which has the stride."""
+    kind = {"convs": _ConvNorm, "blocks": _Residual}[name]
+    first = kind(config, dims, channels, stride=stride)
+    more = [kind(config, dims, (channels[1], channels[1])) for _ in range(length - 1)]
+    return nn.Sequential(OrderedDict({name: nn.Sequential(first, *more)}))
 
 
 class _Encoder(nn.Module):
@@ -126,14 +101,14 @@ class _Encoder(nn.Module):
         super().__init__()
         residual, before, stages = config.name == "residual", num_channels, []
         if residual:
-            self.stem = _Stack(config, dims, (num_channels, config.widths[0]), length=1)
+            self.stem = _row("convs", config, dims, (num_channels, config.widths[0]), length=1)
             before = config.widths[0]
         for number, width in enumerate(config.widths):
             pooled = number > 0 and config.pooling == "max"
             stride = 1 if number == 0 or pooled else 2
             length = blocks_of(config)[number]
-            kind = _Blocks if residual else _Stack
-            stage = kind(config, dims, (before, width), length=length, stride=stride)
+            name = "blocks" if residual else "convs"
+            stage = _row(name, config, dims, (before, width), length=length, stride=stride)
             pool = [_MAX_POOL[dims](2)] if pooled else []
             # nnU-Net wraps the stages of the plain one, and of those that pool
             stages.append(stage if residual and not pool else nn.Sequential(*pool, stage))
@@ -158,7 +133,7 @@ class _Decoder(nn.Module):
         length = 1 if config.name == "residual" else 2
         self.transpconvs = nn.ModuleList(_UP[dims](deep, width, 2, 2) for deep, width in pairs)
         self.stages = nn.ModuleList(
-            _Stack(config, dims, (2 * width, width), length=length) for _, width in pairs
+            _row("convs", config, dims, (2 * width, width), length=length) for _, width in pairs
         )
         # Those of nnU-Net, by its numbers, that the loss sees: DDP wants a gradient for each
         heads = list(enumerate(width for _, width in pairs))[-1 - config.deep_supervision :]
