@@ -2,7 +2,7 @@
 
 So weights go to and from nnU-Net's checkpoints by name and shape. A test holds them to
 `PlainConvUNet` and `ResidualEncoderUNet` of dynamic-network-architectures 0.4.4, which is not
-imported: it wants timm and torchvision, and lists a layer up to three times.
+imported: it wants einops and timm (so torchvision), and lists a layer up to three times.
 """
 
 from collections import OrderedDict
