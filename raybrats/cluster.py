@@ -63,6 +63,7 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     import ray.data
+    from ray._private import worker
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False  # progress.py shows it
@@ -71,6 +72,8 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     address = checked_address()
     if address is None:
         _make_token()
+    # What nodes say of themselves goes there too, coloured: that many processes have started.
+    worker._worker_logs_enabled = verbose  # noqa: SLF001
     told: list[bytes] = []
     try:
         spared = nullcontext() if address else sigterm_spares_children()

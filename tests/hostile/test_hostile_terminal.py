@@ -193,3 +193,20 @@ def test_a_traceback_that_cannot_be_kept_is_no_second_error(capfd, monkeypatch, 
         patch.setattr(terminal.tempfile, "tempdir", str(tmp_path / "none"))
         assert cli.main(["models"]) == 1
     assert "could not be kept (No such file or directory); --debug" in capfd.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_nodes_say_of_themselves_is_shown_only_where_it_is_asked_for(verbose, ray_cluster):
+    program = (
+        "import time\n"
+        "from raybrats import cluster\n"
+        f"cluster.connect(verbose={verbose})\n"
+        "from ray._private import utils, worker\n"
+        "utils.push_error_to_driver(worker.global_worker, 'worker_pool_large', 'nine started')\n"
+        "time.sleep(3)\n"
+    )
+    environment = os.environ | ray_cluster.environment
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ("nine started" in ended.stdout + ended.stderr) == verbose
