@@ -73,7 +73,7 @@ def connect(*, dashboard: bool = False, verbose: bool = False) -> None:
     if address is None:
         _make_token()
     # What nodes say of themselves goes there too, coloured: that many processes have started.
-    worker._worker_logs_enabled = verbose  # noqa: SLF001
+    setattr(worker, "_worker_logs_enabled", verbose)  # noqa: B010 - typed as a constant
     told: list[bytes] = []
     try:
         spared = nullcontext() if address else sigterm_spares_children()
