@@ -65,7 +65,7 @@ class Segment:
     """T1 volume with contrast medium."""
     t2: str | None = None
     out: str = "segmentation.nii.gz"
-    """Label file, .nii or .nii.gz, in the grid of the first volume: 1 NCR, 2 ED, 3 ET."""
+    """Label file, .nii or .nii.gz, in the grid of the first volume; glioma: 1 NCR, 2 ED, 3 ET."""
     resample: bool = False
     """Whether volumes on other grids are resampled onto that of the first."""
     tracking_uri: str = ""

@@ -1,7 +1,9 @@
-"""The BraTS conventions: modalities, labels, regions, and how each edition names and numbers them.
+"""The BraTS conventions: modalities, and how each edition names its files and numbers its labels.
 
 Sources: the editions' own file trees and papers (Menze et al. 2015, Bakas et al. 2018, Baid et
-al. 2021, Adewole et al. 2023) and, for `msd`, dataset.json of the Decathlon's Task01.
+al. 2021, Adewole et al. 2023, Kazerooni et al. 2023, LaBella et al. 2023 and 2024, Moawad et al.
+2023, de Verdier et al. 2024), the official scorer of 2026 and, for `msd`, dataset.json of the
+Decathlon's Task01.
 """
 
 import re
@@ -10,22 +12,9 @@ from types import MappingProxyType
 from typing import Literal
 
 Modality = Literal["flair", "t1", "t1ce", "t2"]
-Region = Literal["WT", "TC", "ET"]
 
 MODALITIES: tuple[Modality, ...] = ("flair", "t1", "t1ce", "t2")
 """Order of the modality axis everywhere."""
-
-NCR, ED, ET = 1, 2, 3
-"""Labels inside raybrats (those of BraTS 2023): necrotic core, oedema, enhancing tumour."""
-
-LABEL_NAMES = ("NCR", "ED", "ET")
-"""Names of the labels, in the order of their values."""
-
-REGIONS: tuple[Region, ...] = ("WT", "TC", "ET")
-"""Nested evaluation regions, outermost first; order of the region axis everywhere."""
-
-REGION_LABELS = MappingProxyType({"WT": (NCR, ED, ET), "TC": (NCR, ET), "ET": (ET,)})
-"""Labels that make up each region."""
 
 
 @dataclass(frozen=True)
@@ -34,26 +23,56 @@ class Edition:
 
     name: str
     suffixes: tuple[str, str, str, str]
-    """File name endings of the modalities, in the order of `MODALITIES`."""
+    """File name endings of the modalities, in the order of `MODALITIES`; empty: it has none."""
     separator: str
     """What stands between the case id and the ending."""
-    label_values: tuple[int, int, int]
-    """Values of NCR, ED and ET in the label files."""
+    label_values: tuple[int, ...]
+    """Values of the labels of its set in the label files, in their order."""
     case_id: str
     """Pattern of the case ids, with `{:d}` fields for a running number."""
+    label_set: str = "glioma"
+    """Name of what its masks tell apart, in `raybrats.label_set`."""
+    label_suffix: str = "seg"
+    """File name ending of the label file."""
+    proof: int = 0
+    """A value that no other release has whose ids begin as this one's; 0: none is needed."""
 
 
 _UNDERSCORE = ("flair", "t1", "t1ce", "t2")
+_HYPHEN = ("t2f", "t1n", "t1c", "t2w")
 
 EDITIONS = MappingProxyType(
     {
-        "2020": Edition("2020", _UNDERSCORE, "_", (1, 2, 4), "BraTS20_Training_{:03d}"),
-        "2021": Edition("2021", _UNDERSCORE, "_", (1, 2, 4), "BraTS2021_{:05d}"),
-        "2023": Edition(
-            "2023", ("t2f", "t1n", "t1c", "t2w"), "-", (1, 2, 3), "BraTS-GLI-{:05d}-000"
-        ),
-        # One 4-D file a case; its last axis is FLAIR, T1w, T1gd, T2w: the order of MODALITIES.
-        "msd": Edition("msd", ("", "", "", ""), "", (2, 1, 3), "BRATS_{:03d}"),
+        edition.name: edition
+        for edition in (
+            Edition("2020", _UNDERSCORE, "_", (1, 2, 4), "BraTS20_Training_{:03d}"),
+            Edition("2021", _UNDERSCORE, "_", (1, 2, 4), "BraTS2021_{:05d}"),
+            Edition("2023", _HYPHEN, "-", (1, 2, 3), "BraTS-GLI-{:05d}-000"),
+            # One 4-D file a case; its last axis is FLAIR, T1w, T1gd, T2w: the order of MODALITIES.
+            Edition("msd", ("", "", "", ""), "", (2, 1, 3), "BRATS_{:03d}"),
+            Edition("MEN", _HYPHEN, "-", (1, 2, 3), "BraTS-MEN-{:05d}-000"),
+            Edition("post-op", _HYPHEN, "-", (1, 2, 3, 4), "BraTS-GLI-{:05d}-100", "treated"),
+            Edition("MET", _HYPHEN, "-", (1, 2, 3, 4), "BraTS-MET-{:05d}-000", "treated"),
+            # The release of 2023 has 1 NCR, 2 ED, 3 ET under such ids, and no 4.
+            Edition(
+                name="PED",
+                suffixes=_HYPHEN,
+                separator="-",
+                label_values=(1, 2, 3, 4),
+                case_id="BraTS-PED-{:05d}-000",
+                label_set="paediatric",
+                proof=4,
+            ),
+            Edition(
+                name="MEN-RT",
+                suffixes=("", "", "t1c", ""),
+                separator="_",
+                label_values=(1,),
+                case_id="BraTS-MEN-RT-{:04d}-1",
+                label_set="gtv",
+                label_suffix="gtv",
+            ),
+        )
     }
 )
 
@@ -64,7 +83,7 @@ _PREFIXES = (
     (r"brats(17|18|19|20)_", "2020"),
     (r"brats2021_", "2021"),
     (r"brats-gli-\d+-0\d\d(?!\d)", "2023"),
-    (r"brats-gli-\d+-[1-9]\d\d(?!\d)", "post-operative GLI"),
+    (r"brats-gli-\d+-[1-9]\d\d(?!\d)", "post-op"),
     (r"brats-(ssa|goat)-", "2023"),
     (r"brats-ped-", "PED"),
     (r"brats-met-", "MET"),
@@ -76,7 +95,7 @@ point: from 100 on it is after surgery (2024 and later), where label 4 is the re
 
 
 def edition_of(case_id: str) -> str:
-    """The edition that an id is of, by its beginning: one of `EDITIONS`, or one known by name only.
+    """The edition that an id is of, by its beginning: one of `EDITIONS`, or unknown.
 
     Example:
         >>> [edition_of(name) for name in ("BraTS19_TCIA10_1", "BraTS-PED-00001-000", "patient7")]
@@ -89,28 +108,36 @@ def edition_of(case_id: str) -> str:
 
 
 def label_values(edition: str) -> tuple[int, ...]:
-    """Values of NCR, ED and ET in an edition's label files; none where they are not known here.
+    """Values of the labels of an edition's set in its label files; none where they are not known.
 
     Example:
-        >>> label_values("2021"), label_values("PED")
-        ((1, 2, 4), ())
+        >>> label_values("2021"), label_values("PED"), label_values("unknown")
+        ((1, 2, 4), (1, 2, 3, 4), ())
     """
     return EDITIONS[edition].label_values if edition in EDITIONS else ()
 
 
-def why_no_labels(edition: str) -> str:
-    """Why the labels of an edition that is not in `EDITIONS` are not read, and what to do.
+def label_set_name(edition: str) -> str:
+    """Name of what the masks of an edition tell apart; empty where it is not known.
 
     Example:
-        >>> why_no_labels("PED").partition(";")[0]
-        'the labels of BraTS PED are not supported yet'
+        >>> label_set_name("2021"), label_set_name("MEN-RT"), label_set_name("unknown")
+        ('glioma', 'gtv', '')
     """
-    if edition == UNKNOWN:
-        names = ", ".join(EDITIONS)
+    return EDITIONS[edition].label_set if edition in EDITIONS else ""
+
+
+def why_no_labels(edition: str) -> str:
+    """Why the labels of a case are not read, whose id tells no edition or two, and what to do.
+
+    Example:
+        >>> why_no_labels("PED").partition(":")[0]
+        'BraTS-PED ids are those of two releases'
+    """
+    if edition in EDITIONS and EDITIONS[edition].proof:
         return (
-            f"its id begins as no edition's; `raybrats index --edition` says whose labels ({names})"
+            f"BraTS-{edition} ids are those of two releases: say --edition 2023 for 1 NCR, 2 ED, "
+            f"3 ET, or --edition {edition} for what came later"
         )
-    return (
-        f"the labels of BraTS {edition} are not supported yet; map them to 1 NCR, 2 ED, 3 ET and "
-        "say --edition 2023, or leave it out"
-    )
+    names = ", ".join(EDITIONS)
+    return f"its id begins as no edition's; `raybrats index --edition` says whose labels ({names})"

@@ -36,8 +36,6 @@ from raybrats.brats import MODALITIES
 from raybrats.errors import DataError, UsageError, cause_of
 from raybrats.terminal import Answer
 
-REGION_COLUMNS = ("WT", "TC", "ET", "mean")
-
 
 def demo(args: Sequence[str]) -> Answer:
     """Run the whole line on phantoms: index, train, register, predict, evaluate, report.
@@ -50,7 +48,7 @@ def demo(args: Sequence[str]) -> Answer:
 
     document = run_demo(o.out)
     scores, model = document["evaluate"]["mean"], document["train"]["model"]
-    rows = [[name, *(_figure(v) for v in scores[name].values())] for name in REGION_COLUMNS]
+    rows = [[name, *map(_figure, row.values())] for name, row in scores.items()]
     places = (
         f"registered:  models:/{model['name']}/{model['version']} is {model['alias']}",
         f"predictions: {document['predictions']}",
@@ -100,8 +98,9 @@ def train(args: Sequence[str]) -> Answer:
     title = f"{result.run_uri}, {result.steps} steps"
     if model is not None:
         title += f"; models:/{model.name}/{model.version} is {model.alias}"
-    scores = [_figure(result.scores[name]) for name in REGION_COLUMNS]
-    return Answer(asdict(result), title, REGION_COLUMNS, [scores])
+    return Answer(
+        asdict(result), title, (*result.scores,), [[*map(_figure, result.scores.values())]]
+    )
 
 
 def tune(args: Sequence[str]) -> Answer:
@@ -178,8 +177,9 @@ def evaluate(args: Sequence[str]) -> Answer:
     found = rb.evaluate(o.predictions, o.references, o.edition)
     document = {"cases": found.rows, "mean": found.mean, "missing": found.missing}
     document |= {"unlabelled": found.unlabelled}
-    rows = [[name, *(_figure(v) for v in found.mean[name].values())] for name in REGION_COLUMNS]
-    title = f"{len(found.rows) // 3} cases, {len(found.missing)} references without prediction"
+    rows = [[name, *map(_figure, row.values())] for name, row in found.mean.items()]
+    num_cases = len({row["case_id"] for row in found.rows})
+    title = f"{num_cases} cases, {len(found.missing)} references without prediction"
     if found.unlabelled:
         title += f", {len(found.unlabelled)} predictions left out: their cases have no labels"
     return Answer(document, title, ("region", *found.mean["mean"]), rows)

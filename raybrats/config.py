@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from raybrats.brats import MODALITIES, Modality
 from raybrats.errors import UsageError, holds_credentials, redacted
+from raybrats.label_set import LabelSet, label_set_of
 
 NUM_FOLDS = 5
 """Folds of every cohort (nnU-Net: 5)."""
@@ -83,6 +84,9 @@ class DataConfig(Section):
     min_labelled_fraction: float = 0.0
     """Least fraction of the voxels of a case's foreground box that has a label; cases with less are
     left out on both sides of the split."""
+    labels: str = ""
+    """What is told apart: glioma, treated, paediatric, gtv, or a label set as JSON; empty: what the
+    cohort's masks tell apart."""
     cpus_per_task: float = 0.5
     """CPUs that one decoding task reserves on the cluster."""
     prefetch_batches: int = 2
@@ -113,6 +117,7 @@ class DataConfig(Section):
         _require(0 <= bad < 1, "data.max_bad_fraction", "in 0..1", bad)
         least = self.min_labelled_fraction
         _require(0 <= least < 1, "data.min_labelled_fraction", "in 0..1", least)
+        label_set_of(self.labels)
         _require(self.cpus_per_task > 0, "data.cpus_per_task", "> 0", self.cpus_per_task)
         _require(self.prefetch_batches >= 1, "data.prefetch_batches", ">= 1", self.prefetch_batches)
 
@@ -463,6 +468,11 @@ class TrainConfig(Section):
         else:
             rule = f"a multiple of cluster.workers ({workers})"
             _require(batch % workers == 0, "optim.global_batch", rule, batch)
+
+    @property
+    def labels(self) -> LabelSet:
+        """What the network tells apart: glioma where nothing else is said."""
+        return label_set_of(self.data.labels)
 
     @property
     def spatial_dims(self) -> int:

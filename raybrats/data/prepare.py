@@ -67,13 +67,13 @@ class Prepared:
     image: np.ndarray
     """Voxels, int16 (modality, i, j, k)."""
     labels: np.ndarray | None
-    """Labels 0, NCR, ED and ET, uint8 (i, j, k)."""
+    """Labels 0, 1, 2, ... of the case's label set, uint8 (i, j, k)."""
     scaling: Scaling[np.ndarray]
     """Numbers that make network input of the voxels."""
     tumour: np.ndarray
-    """Places of the voxels of NCR, then ED, then ET, counted along the memory; int32."""
+    """Places of the voxels of label 1, then of 2, and so on, counted along the memory; int32."""
     counts: np.ndarray
-    """Voxels of background, NCR, ED and ET; int64 (4,)."""
+    """Voxels of the background and of each label; int64 (label,)."""
     box: Box
     """Where the crop lies in the canonical volume."""
     shape: Shape
@@ -87,6 +87,7 @@ def prepare(
     percentiles: tuple[float, float] = (0.5, 99.5),
     *,
     box: Box | None = None,
+    num_labels: int = 3,
 ) -> Prepared:
     """Crops and quantises the modalities (i, j, k) of one case and measures its normalisation.
 
@@ -123,7 +124,8 @@ def prepare(
     if normalisation == "percentile":
         low, high = _percentiles(scan.histogram(image, background), percentiles)
     cropped = None if mask is None else mask[box[::-1]].copy()
-    counts = np.zeros(4, np.int64) if cropped is None else scan.tumour(cropped)[1]
+    counts = np.zeros(1 + num_labels, np.int64)
+    counts = counts if cropped is None else scan.tumour(cropped, num_labels)[1]
     return Prepared(
         image=image.transpose(0, 3, 2, 1),
         labels=None if cropped is None else cropped.T,
@@ -191,7 +193,7 @@ def _searched(
     whole = tuple(scan.stored(voxels) for voxels, _ in pairs)
     background = np.array([outside for _, outside in pairs], np.int16)
     ends, sums = scan.brain(whole, background)
-    found = [ends] if mask is None else [ends, scan.tumour(mask)[0]]
+    found = [ends] if mask is None else [ends, scan.tumour(mask, 0)[0]]
     found = [each for each in found if each.any()]  # an empty one is all 0
     if not found:
         raise DataError("every voxel is background; is the volume empty?")

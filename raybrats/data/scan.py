@@ -73,8 +73,8 @@ def brain(
     return _box(seen), sums
 
 
-def encoded(labels: np.ndarray, values: tuple[int, int, int]) -> tuple[np.ndarray, int]:
-    """Labels 0, 1, 2, 3 for 0 and the three values, and a value that is none of them, or -1.
+def encoded(labels: np.ndarray, values: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    """Labels 0, 1, 2, ... for 0 and the values, and a value that is none of them, or -1.
 
     Example:
         >>> encoded(stored(np.array([[[0, 4], [2, 1]]], np.uint8)), (1, 2, 4))[0].T.tolist()
@@ -97,21 +97,21 @@ def rounded(values: np.ndarray) -> np.ndarray | None:
     return out if _rounded(values.reshape(-1, length), out.reshape(-1, length)) else None
 
 
-def tumour(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Box of the voxels above 0, as `brain` gives it, and the number of voxels of labels 0 to 3.
+def tumour(labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Box of the voxels above 0, as `brain` gives it, and the number of voxels of each label.
 
     Example:
-        >>> box, counts = tumour(stored(np.array([[[0, 0, 3, 1]]], np.uint8)))
+        >>> box, counts = tumour(stored(np.array([[[0, 0, 3, 1]]], np.uint8)), num_labels=3)
         >>> counts.tolist()
         [2, 1, 0, 1]
     """
-    seen, counts = _nowhere(labels.shape), np.zeros(4, np.int64)
+    seen, counts = _nowhere(labels.shape), np.zeros(1 + num_labels, np.int64)
     _tumour(labels, seen, counts)
     return _box(seen), counts
 
 
 def places(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Flat places of the voxels of label 1, then of 2, then of 3, each in order; int32.
+    """Flat places of the voxels of label 1, then of 2, and so on, each in order; int32.
 
     Example:
         >>> places(np.array([[[3, 0, 1, 3]]], np.uint8), np.array([1, 1, 0, 2])).tolist()
@@ -119,7 +119,7 @@ def places(labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """
     ends = np.cumsum(counts[1:])
     found = np.empty(ends[-1], np.int32)
-    _places(labels.reshape(-1, labels.shape[-1]), np.array([0, 0, ends[0], ends[1]]), found)
+    _places(labels.reshape(-1, labels.shape[-1]), np.array([0, 0, *ends[:-1]]), found)
     return found
 
 
@@ -229,7 +229,7 @@ def _rounded(values, out):  # noqa: ANN001, ANN202
 
 @_compiled
 def _encoded(labels, values, out):  # noqa: ANN001, ANN202
-    """Whether there is a value that is none of the three; fills `out`, which is all 0."""
+    """Whether there is a value that is none of those; fills `out`, which is all 0."""
     num_k, num_j, num_i = labels.shape
     planes = labels.reshape(num_k, num_j * num_i)
     strange = np.uint8(0)
@@ -244,12 +244,12 @@ def _encoded(labels, values, out):  # noqa: ANN001, ANN202
 @_compiled
 def _encode(row, values, out):  # noqa: ANN001, ANN202
     strange = np.uint8(0)
+    for v in range(len(values)):
+        value, label = values[v], np.uint8(v + 1)
+        for i in range(len(row)):
+            out[i] |= np.uint8(row[i] == value) * label
     for i in range(len(row)):
-        label = np.uint8(row[i] == values[0])
-        label |= np.uint8(row[i] == values[1]) << 1
-        label |= np.uint8(row[i] == values[2]) * np.uint8(3)
-        out[i] = label
-        strange |= np.uint8(label == 0) & np.uint8(row[i] != 0)
+        strange |= np.uint8(out[i] == 0) & np.uint8(row[i] != 0)
     return strange
 
 
@@ -262,7 +262,7 @@ def _tumour(labels, seen, counts):  # noqa: ANN001, ANN202
             for j in range(num_j):
                 if _any(labels[k, j]):
                     _see(seen, k, j, labels[k, j])
-            for label in range(1, 4):
+            for label in range(1, len(counts)):
                 number = np.int64(0)
                 for i in range(num_j * num_i):
                     number += planes[k, i] == label

@@ -51,7 +51,7 @@ def cost(config: TrainConfig, size: tuple[int, int, int] | None = None) -> Cost:
         weights = {p.untyped_storage()._cdata for p in network.parameters()}
         image, labels = torch.empty(1, len(config.data.modalities), *shape), torch.empty(1, *shape)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = SegmentationLoss(config.loss)(heads(network(image)), labels)
+            loss = SegmentationLoss(config.loss, config.labels)(heads(network(image)), labels)
         loss.backward()
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 
-from raybrats.brats import ED, ET, NCR, REGIONS
-from raybrats.config import LossConfig, TrainConfig
+from raybrats.config import TrainConfig
 from raybrats.data.batch import normalise
 from raybrats.data.prepare import Prepared, prepare, restore
+from raybrats.label_set import GLIOMA, LabelSet
 from raybrats.model.network import heads
 
 SIGMA = 1 / 8
@@ -65,7 +65,7 @@ def predict_case(
         logits = _predict_slices(network, config, prepared, image)
     else:
         logits = predict_logits(network, image, size, overlap, mirror=config.validation.mirror)
-    return decoded(config.loss, logits)
+    return decoded(config, logits)
 
 
 @torch.inference_mode()
@@ -159,21 +159,24 @@ def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
     return interpolate(image, size=tuple(size), mode="trilinear", align_corners=False)
 
 
-def decoded(config: LossConfig, logits: Tensor) -> Tensor:
-    """Labels uint8 (batch, i, j, k) of what a network says that was trained with this loss.
+def decoded(config: TrainConfig, logits: Tensor) -> Tensor:
+    """Labels uint8 (batch, i, j, k) of what the network of a run says.
 
     Example:
+        >>> from raybrats.recipes import crop128
         >>> logits = torch.tensor([0.1, -1.0, 2.0, 0.3]).view(1, 4, 1, 1, 1)
-        >>> decoded(LossConfig(target="labels"), logits).item()
+        >>> decoded(crop128(), logits).item()
         2
     """
-    if config.target == "labels":
+    if config.loss.target == "labels":
         return logits.argmax(dim=1).to(torch.uint8)
-    return labels_of(logits > 0)
+    return labels_of(logits > 0, config.labels)
 
 
-def labels_of(regions: Tensor) -> Tensor:
-    """Labels uint8 (batch, i, j, k) of nested regions: ED in WT, over it NCR in TC, over it ET.
+def labels_of(regions: Tensor, known: LabelSet = GLIOMA) -> Tensor:
+    """Labels uint8 (batch, i, j, k) of regions, painted one over the other.
+
+    In glioma that is ED in WT, over it NCR in TC, over it ET.
 
     Example:
         >>> regions = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1]]) > 0  # WT, TC, ET
@@ -181,15 +184,15 @@ def labels_of(regions: Tensor) -> Tensor:
         tensor([1, 2, 3], dtype=torch.uint8)
     """
     labels = torch.zeros_like(regions[:, 0], dtype=torch.uint8)
-    for region, label in zip(REGIONS, (ED, NCR, ET), strict=True):
-        labels[regions[:, REGIONS.index(region)]] = label
+    for place, region in enumerate(known.regions):
+        labels[regions[:, place]] = region.painted
     return labels
 
 
 def segment(network: nn.Module, config: TrainConfig, image: np.ndarray) -> np.ndarray:
     """Labels uint8 (i, j, k) of a raw case (modality, i, j, k) in the orientation of BraTS, LPS.
 
-    Values are those of BraTS 2023: 1 NCR, 2 ED, 3 ET.
+    Values are 1, 2, ... for the labels of its set, which for glioma are those of BraTS 2023.
 
     Raises:
         DataError: the image is all background.

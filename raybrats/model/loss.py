@@ -7,8 +7,8 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, logsigmoid
 
-from raybrats.brats import LABEL_NAMES, REGION_LABELS, REGIONS
 from raybrats.config import LossConfig
+from raybrats.label_set import GLIOMA, LabelSet
 
 SMOOTH = 1e-5
 """Voxels added to numerator and denominator of the Dice, which makes it 1 for an empty region that
@@ -17,7 +17,7 @@ TINY = 1e-12
 """Least probability of a miss, whose power of a gamma below 1 has else no finite gradient."""
 
 
-def region_masks(labels: Tensor) -> Tensor:
+def region_masks(labels: Tensor, known: LabelSet = GLIOMA) -> Tensor:
     """Labels (batch, i, j, k) as one mask a region, float32 (batch, region, i, j, k).
 
     Example:
@@ -28,14 +28,14 @@ def region_masks(labels: Tensor) -> Tensor:
                 [0., 0., 1.]])
     """
     masks = [
-        torch.stack([labels == label for label in REGION_LABELS[region]]).any(dim=0)
-        for region in REGIONS
+        torch.stack([labels == label for label in region.labels]).any(dim=0)
+        for region in known.regions
     ]
     return torch.stack(masks, dim=1).float()
 
 
-def label_masks(labels: Tensor) -> Tensor:
-    """Labels (batch, i, j, k) as background and one mask a label, float32 (batch, 4, i, j, k).
+def label_masks(labels: Tensor, known: LabelSet = GLIOMA) -> Tensor:
+    """Labels (batch, i, j, k) as background and one mask a label, float32 (batch, n, i, j, k).
 
     Example:
         >>> label_masks(torch.tensor([0, 3]).view(1, 2, 1, 1))[0, :, :, 0, 0]
@@ -44,7 +44,7 @@ def label_masks(labels: Tensor) -> Tensor:
                 [0., 0.],
                 [0., 1.]])
     """
-    values = range(1 + len(LABEL_NAMES))
+    values = range(1 + len(known.names))
     return torch.stack([labels == value for value in values], dim=1).float()
 
 
@@ -63,9 +63,9 @@ class SegmentationLoss(nn.Module):
         (True, True)
     """
 
-    def __init__(self, config: LossConfig) -> None:
+    def __init__(self, config: LossConfig, labels: LabelSet = GLIOMA) -> None:
         super().__init__()
-        self._config = config
+        self._config, self._labels = config, labels
 
     def forward(
         self,
@@ -89,7 +89,7 @@ class SegmentationLoss(nn.Module):
         """
         config = self._config
         masks = region_masks if config.target == "regions" else label_masks
-        seen = [(head.float(), masks(_sampled(labels, head))) for head in logits]
+        seen = [(head.float(), masks(_sampled(labels, head), self._labels)) for head in logits]
         weights = torch.arange(len(seen), device=labels.device).neg().float().exp2()
         total = torch.zeros_like(weights)
         if config.ce_weight > 0 or config.focal_weight > 0:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from raybrats.brats import REGION_LABELS, REGIONS, Region
 from raybrats.data.prepare import bounding_box
+from raybrats.label_set import GLIOMA, LabelSet, Region
 
 HD95_ONE_EMPTY_MM = 373.12866
 """HD95 where one side is empty: sqrt(240^2 + 240^2 + 155^2) (BraTS 2017-2021)."""
@@ -16,7 +16,8 @@ HD95_ONE_EMPTY_MM = 373.12866
 class Score:
     """Voxel-wise scores of one region of one case."""
 
-    region: Region
+    region: str
+    """Its name."""
     dice: float
     """Also called F1: over voxels the two are one."""
     iou: float
@@ -30,25 +31,30 @@ def region_mask(labels: np.ndarray, region: Region) -> np.ndarray:
     """The voxels of a region, bool, in the shape of the labels.
 
     Example:
-        >>> region_mask(np.array([0, 1, 2, 3]), "TC")
+        >>> region_mask(np.array([0, 1, 2, 3]), GLIOMA.regions[1])
         array([False,  True, False,  True])
     """
-    return np.isin(labels, REGION_LABELS[region])
+    return np.isin(labels, region.labels)
 
 
-def region_dice(prediction: np.ndarray, reference: np.ndarray) -> list[float]:
+def region_dice(
+    prediction: np.ndarray, reference: np.ndarray, known: LabelSet = GLIOMA
+) -> list[float]:
     """Dice of each region, 1 where both are empty.
 
     Example:
         >>> region_dice(np.array([1, 1, 2, 0]), np.array([1, 3, 2, 0]))
         [1.0, 1.0, 0.0]
     """
-    pairs = [(region_mask(prediction, r), region_mask(reference, r)) for r in REGIONS]
+    pairs = [(region_mask(prediction, r), region_mask(reference, r)) for r in known.regions]
     return [_ratio(2 * int((p & r).sum()), int(p.sum()) + int(r.sum())) for p, r in pairs]
 
 
 def score_case(
-    prediction: np.ndarray, reference: np.ndarray, spacing_mm: tuple[float, float, float]
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    known: LabelSet = GLIOMA,
 ) -> list[Score]:
     """Scores of each region of labels (i, j, k) against reference labels of the same shape.
 
@@ -64,13 +70,13 @@ def score_case(
         ET 0.75 1.0
     """
     scores = []
-    for region in REGIONS:
+    for region in known.regions:
         p, r = region_mask(prediction, region), region_mask(reference, region)
         tp, fp, fn = int((p & r).sum()), int((p & ~r).sum()), int((~p & r).sum())
         tn = p.size - tp - fp - fn
         scores.append(
             Score(
-                region=region,
+                region=region.name,
                 dice=_ratio(2 * tp, 2 * tp + fp + fn),
                 iou=_ratio(tp, tp + fp + fn),
                 hd95_mm=hd95(p, r, spacing_mm),

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from raybrats.brats import LABEL_NAMES, REGIONS
-from raybrats.config import LossConfig, NetworkConfig, TrainConfig
+from raybrats.config import NetworkConfig, TrainConfig
 from raybrats.errors import CheckpointError, UsageError
 from raybrats.model.unet import LEAK, UNet
 
@@ -17,14 +16,16 @@ _ACTIVATIONS = {
 """As MONAI wants them said."""
 
 
-def num_outputs(config: LossConfig) -> int:
+def num_outputs(config: TrainConfig) -> int:
     """Logits a voxel: one a region, or one a label and one for the background.
 
     Example:
-        >>> num_outputs(LossConfig()), num_outputs(LossConfig(target="labels"))
+        >>> from raybrats.recipes import crop128, tiny
+        >>> num_outputs(tiny()), num_outputs(crop128())
         (3, 4)
     """
-    return len(REGIONS) if config.target == "regions" else 1 + len(LABEL_NAMES)
+    labels = config.labels
+    return len(labels.regions) if config.loss.target == "regions" else 1 + len(labels.names)
 
 
 def network_of(config: TrainConfig) -> nn.Module:
@@ -34,15 +35,15 @@ def network_of(config: TrainConfig) -> nn.Module:
         >>> network_of(TrainConfig(network=NetworkConfig(name="residual"))).training
         True
     """
-    outputs = num_outputs(config.loss)
-    return build(config.network, len(config.data.modalities), config.spatial_dims, outputs)
+    modalities, outputs = len(config.data.modalities), num_outputs(config)
+    return build(config.network, modalities, config.spatial_dims, outputs)
 
 
 def build(
     config: NetworkConfig,
     num_modalities: int,
     spatial_dims: int = 3,
-    outputs: int = len(REGIONS),
+    outputs: int = 3,
 ) -> nn.Module:
     """A network from image (batch, modality, i, j, k) to logits (batch, output, i, j, k).
 
@@ -197,7 +198,7 @@ def fitting(
         source[first] = source[first][:, _channels(config, theirs)].contiguous()
     kept = {n: t for n, t in source.items() if n in wanted and wanted[n].shape == t.shape}
     new = [name for name in wanted if name not in kept]
-    others = [name for name in new if wanted[name].shape[:1] != (num_outputs(config.loss),)]
+    others = [name for name in new if wanted[name].shape[:1] != (num_outputs(config),)]
     if others or not kept:
         raise UsageError(f"network.init_from has another network: {[*others, *new][0]} differs")
     return kept, new

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 import deflate
 import nibabel as nib
 import numpy as np
+from scipy import ndimage
 
 from raybrats import storage
-from raybrats.brats import ED, EDITIONS, ET, MODALITIES, NCR
+from raybrats.brats import EDITIONS, MODALITIES
 from raybrats.errors import UsageError
+from raybrats.label_set import ED, ET, NCR, LabelSet, label_set_of
 from raybrats.phantom.anatomy import (
     CSF,
     FIELD_MM,
@@ -99,14 +101,32 @@ def write_phantoms(
     first = 1 if edition in ("2020", "msd") else 0
     case_ids = [EDITIONS[edition].case_id.format(first + n) for n in range(num_cases)]
     values = np.array([0, *EDITIONS[edition].label_values], np.uint8)
+    known = label_set_of(EDITIONS[edition].label_set)
     for index, case_id in enumerate(case_ids):
         image, labels = make_phantom(index, shape=shape, seed=seed)
-        for path, volume in _volumes(edition, case_id, image, values[labels]):
+        for path, volume in _volumes(edition, case_id, image, values[_as(known, labels)]):
             storage.write_bytes(storage.join(out_uri, path), _nifti(volume))
     if edition == "msd":
         uri = storage.join(out_uri, "Task01_BrainTumour", "dataset.json")
         storage.write_bytes(uri, _decathlon_index(case_ids))
     return case_ids
+
+
+def _as(known: LabelSet, labels: np.ndarray) -> np.ndarray:
+    """Labels of glioma as those of another set; the inner half of the necrosis is what is hollow.
+
+    Cysts and resection cavities lie within the tumour; a gross tumour volume is all but oedema.
+    """
+    depth, dead = ndimage.distance_transform_edt(labels == NCR), np.flatnonzero(labels == NCR)
+    inner = dead[np.argsort(-depth.flat[dead], kind="stable")][: len(dead) // 2]
+    tissue = {NCR: ("NCR", "NETC", "NET", "GTV"), ED: ("ED", "SNFH"), ET: ("ET", "GTV")}
+    table = np.zeros(4, np.uint8)
+    for label, names in tissue.items():
+        table[label] = max((n for n, name in enumerate(known.names, 1) if name in names), default=0)
+    found = table[labels]
+    for number, name in enumerate(known.names, 1):
+        found.flat[inner if name in ("RC", "CC") else []] = number
+    return found
 
 
 def _check_drawable(shape: Shape, seed: int) -> None:
@@ -180,8 +200,9 @@ def _volumes(
     stem = f"{case_id}/{case_id}{EDITIONS[edition].separator}"
     stem = f"MICCAI_BraTS2020_TrainingData/{stem}" if edition == "2020" else stem
     for suffix, volume in zip(EDITIONS[edition].suffixes, image, strict=True):
-        yield f"{stem}{suffix}.nii.gz", volume
-    yield f"{stem}seg.nii.gz", labels
+        if suffix:
+            yield f"{stem}{suffix}.nii.gz", volume
+    yield f"{stem}{EDITIONS[edition].label_suffix}.nii.gz", labels
 
 
 def _nifti(volume: np.ndarray) -> bytes:

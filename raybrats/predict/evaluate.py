@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from raybrats import cluster, storage
-from raybrats.brats import edition_of, label_values, why_no_labels
+from raybrats.brats import EDITIONS, edition_of, label_set_name, label_values, why_no_labels
 from raybrats.data.cohort import index, layout, rows
 from raybrats.data.nifti.labels import labels_from
 from raybrats.data.nifti.volume import canonical_spacing, decode, on_one_grid
 from raybrats.errors import DataError
+from raybrats.label_set import label_set_of
 from raybrats.progress import Display
 from raybrats.table import table
 
@@ -19,7 +20,7 @@ SCORES = ("dice", "iou", "hd95_mm", "sensitivity", "specificity")
 """Names of the scores, in the order in which they are shown."""
 
 LabelValues = tuple[int, ...]
-"""Values of NCR, ED and ET in a label file; empty where they are not known."""
+"""Values of the labels in a label file; empty where they are not known."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class LabelFile:
     case_id: str
     uri: str
     values: LabelValues = ()
+    label_set: str = ""
+    """What they are, as in a cohort."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,10 @@ def evaluate(
     """
     index.check_edition(edition)
     predictions, references = storage.absolute(predictions), storage.absolute(references)
-    values = label_values(edition) if edition else ()
-    predicted = _label_files(predictions, values, kind="predictions")
-    labelled = _label_files(references, values, kind="references")
+    predicted = _label_files(predictions, edition, kind="predictions")
+    labelled = _label_files(references, edition, kind="references")
     if skip_unknown:
-        labelled = {i: f if f and _own_values(f) else None for i, f in labelled.items()}
+        labelled = {i: f if f and _with_own(f).values else None for i, f in labelled.items()}
     if alone := sorted(predicted.keys() - labelled.keys()):
         raise DataError(f"no reference for {', '.join(alone[:5])} in {references}")
     both = [(predicted[case_id], labelled[case_id]) for case_id in sorted(predicted)]
@@ -126,7 +128,7 @@ def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:
         >>> from raybrats.phantom.phantom import write_phantoms
         >>> ids = write_phantoms("tree", num_cases=1, shape=(24, 24, 20), edition="2021")
         >>> case = index.find_cases("tree")[0]
-        >>> file = LabelFile(case.case_id, case.label_uri, case.label_values)
+        >>> file = LabelFile(case.case_id, case.label_uri, case.label_values, case.label_set)
         >>> [(row["region"], row["dice"]) for row in score_pair((file, file))]
         [('WT', 1.0), ('TC', 1.0), ('ET', 1.0)]
     """
@@ -137,10 +139,11 @@ def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:
     decoded = [decode(storage.read_bytes(f.uri), n) for f, n in zip(pair, names, strict=True)]
     volumes = on_one_grid(pair[0].case_id, names, decoded)
     prediction, reference = (
-        labels_from(volume, (file.values[0], file.values[1], file.values[2]), name)
+        labels_from(volume, file.values, name)
         for volume, file, name in zip(volumes, pair, names, strict=True)
     )
-    scores = score_case(prediction, reference, canonical_spacing(volumes[0].grid))
+    spacing_mm, known = canonical_spacing(volumes[0].grid), label_set_of(pair[1].label_set)
+    scores = score_case(prediction, reference, spacing_mm, known)
     return [{"case_id": pair[0].case_id, **asdict(score)} for score in scores]
 
 
@@ -148,19 +151,29 @@ def with_values(pair: tuple[LabelFile, LabelFile]) -> tuple[LabelFile, LabelFile
     """The pair with the label values of both: its own, its partner's, or those of its id's edition.
 
     Raises:
-        DataError: nothing tells them.
+        DataError: nothing tells them, or the labels of one are not those of the other.
 
     Example:
         >>> ours, theirs = LabelFile("a", "out/a.nii"), LabelFile("a", "/ref/a.nii", (1, 2, 4))
         >>> [file.values for file in with_values((ours, theirs))]
         [(1, 2, 4), (1, 2, 4)]
     """
-    ours, theirs = pair
-    known = [a.values or b.values or _own_values(a) for a, b in ((ours, theirs), (theirs, ours))]
-    for file, values in zip(pair, known, strict=True):
-        if not values:
+    ours, theirs = (_like(a, b) for a, b in (pair, pair[::-1]))
+    for file in (ours, theirs):
+        if not file.values:
             raise DataError(f"{file.uri}: {why_no_labels(edition_of(file.case_id))}")
-    return replace(ours, values=known[0]), replace(theirs, values=known[1])
+    told = [label_set_of(file.label_set) for file in (ours, theirs)]
+    if told[0] != told[1]:
+        words = " against ".join(", ".join(labels.names) for labels in told)
+        raise DataError(f"{ours.uri} and {theirs.uri}: labels {words}; say whose by --edition")
+    return ours, theirs
+
+
+def _like(file: LabelFile, partner: LabelFile) -> LabelFile:
+    """The file with its own labels, else its partner's, else those of its id's edition."""
+    if file.values or not partner.values:
+        return _with_own(file)
+    return replace(file, values=partner.values, label_set=partner.label_set)
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -180,7 +193,7 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return {**found, "mean": {s: float(np.mean([found[r][s] for r in regions])) for s in SCORES}}
 
 
-def _label_files(uri: str, values: LabelValues, kind: str) -> Mapping[str, LabelFile | None]:
+def _label_files(uri: str, edition: str | None, kind: str) -> Mapping[str, LabelFile | None]:
     """Label files by case id, from a cohort file, a tree of cases, or a folder of label files.
 
     A case that a cohort knows, but has no labels for, stands there with None.
@@ -191,22 +204,22 @@ def _label_files(uri: str, values: LabelValues, kind: str) -> Mapping[str, Label
     if uri.endswith(".parquet"):
         cases = rows.read_cohort(uri)
     else:
-        plain = _plain_files(uri, values, kind)
+        plain = _plain_files(uri, edition, kind)
         if plain:
             return plain
         cases = index.find_cases(uri)
+    told = _told_by(edition)
     found: dict[str, LabelFile | None] = {}
     for case in cases:
-        found[case.case_id] = None
-        if case.label_uri:
-            values_of_case = values or case.label_values
-            found[case.case_id] = LabelFile(case.case_id, case.label_uri, values_of_case)
+        labels = told or (case.label_values, case.label_set)
+        own = LabelFile(case.case_id, case.label_uri, *labels) if case.label_uri else None
+        found[case.case_id] = own
     if not any(found.values()):
         raise DataError(f"{uri}: no label file")
     return found
 
 
-def _plain_files(uri: str, values: LabelValues, kind: str) -> dict[str, LabelFile]:
+def _plain_files(uri: str, edition: str | None, kind: str) -> dict[str, LabelFile]:
     """Label files of a folder that holds nothing else; both kinds may lie side by side."""
     storage.require(uri)
     objects = storage.list_objects(uri)
@@ -218,7 +231,8 @@ def _plain_files(uri: str, values: LabelValues, kind: str) -> dict[str, LabelFil
     if 0 < len(marked) < len(labels):
         labels = marked if kind == "references" else [u for u in labels if u not in set(marked)]
     found: dict[str, LabelFile] = {}
-    for file in (LabelFile(layout.case_id_of(u), u, values) for u in labels):
+    told = _told_by(edition) or ((), "")
+    for file in (LabelFile(layout.case_id_of(u), u, *told) for u in labels):
         if file.case_id in found:
             two = f"{found[file.case_id].uri} and {file.uri}"
             raise DataError(f"{two} are both of case {file.case_id}; leave one")
@@ -226,5 +240,14 @@ def _plain_files(uri: str, values: LabelValues, kind: str) -> dict[str, LabelFil
     return found
 
 
-def _own_values(file: LabelFile) -> LabelValues:
-    return file.values or label_values(edition_of(file.case_id))
+def _told_by(edition: str | None) -> tuple[LabelValues, str] | None:
+    """Values and name of the labels of an edition; None if none is named."""
+    return (label_values(edition), label_set_name(edition)) if edition else None
+
+
+def _with_own(file: LabelFile) -> LabelFile:
+    """The file with the labels of its id's edition, unless it has some or its id tells none."""
+    edition = edition_of(file.case_id)
+    if file.values or edition not in EDITIONS or EDITIONS[edition].proof:
+        return file
+    return replace(file, values=label_values(edition), label_set=label_set_name(edition))

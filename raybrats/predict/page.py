@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -16,8 +17,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from raybrats.brats import ED, ET, LABEL_NAMES, NCR, REGIONS
 from raybrats.data.prepare import Box, bounding_box
+from raybrats.label_set import GLIOMA, LabelSet
 from raybrats.model.metrics import HD95_ONE_EMPTY_MM, region_mask
 from raybrats.predict.evaluate import SCORES, means
 from raybrats.registry.tracking import Curve
@@ -25,22 +26,30 @@ from raybrats.registry.tracking import Curve
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
-COLOURS = {ED: "#56b4e9", ET: "#ff5a1f", NCR: "#f0e442"}
-"""Colour of each label, in drawing order: Okabe & Ito 2008, vermilion brightened; yellow on dark
-NCR."""
+_BLUE, _VERMILION, _YELLOW, _GREEN = "#56b4e9", "#ff5a1f", "#f0e442", "#00c78f"
+"""Okabe & Ito 2008, vermilion and green brightened."""
+_COLOURS = {
+    **dict.fromkeys(("ED", "SNFH"), _BLUE),
+    **dict.fromkeys(("ET", "GTV"), _VERMILION),
+    **dict.fromkeys(("NCR", "NETC", "NET"), _YELLOW),  # it is dark
+    **dict.fromkeys(("RC", "CC"), _GREEN),
+}
+"""Colour of the labels that the editions have."""
+_OTHER_COLOURS = (_BLUE, _YELLOW, _VERMILION, _GREEN, "#cc79a7", "#e69f00")
+"""Colours of any others, in turn."""
 _AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 _PANELS = (("flair", "axial"), ("t1ce", "axial"), ("flair", "coronal"), ("t1ce", "sagittal"))
 _MAX_FRAMES, _MAX_PIXELS, _NUM_GREYS = 40, 1_800_000, 40
 """Limits of the GIF: pure noise takes 6.3 bits a pixel (measured), so it stays under 1.5 MB."""
 _CHARTS = {
     "Training loss": (None, ("train/loss",)),
-    "Validation Dice": (1, tuple(f"val/dice_{name}" for name in (*REGIONS, "mean"))),
+    "Validation Dice": (1, ("val/dice_",)),
     "Learning rate": (None, ("train/lr",)),
     "Patches per second": (None, ("patches_per_s",)),
     "Fraction of time waiting for data": (1, ("data_wait_fraction",)),
 }
-"""Title of each chart -> upper end of its axis, and its curves."""
-_LINE_COLOURS = ("#2f86c9", "#d9591a", "#b8930b", "#888888")
+"""Title of each chart -> upper end of its axis, and how the names of its curves begin."""
+_LINE_COLOURS = ("#2f86c9", "#d9591a", "#b8930b", "#888888", "#009e73", "#cc79a7", "#7a5195")
 _INK = "#010203"
 """Colour that stands in matplotlib for the page's own text colour."""
 _STYLE: "dict[RcKeyType, Any]" = {
@@ -61,9 +70,10 @@ class Overlay:
     t1ce: np.ndarray
     spacing_mm: tuple[float, float, float]
     reference: np.ndarray | None
-    """Labels (uint8: 0, NCR, ED, ET); None if there are none."""
+    """Labels (uint8: 0, 1, 2, ... of the set); None if there are none."""
     prediction: np.ndarray
-    """Labels (uint8: 0, NCR, ED, ET)."""
+    """Labels (uint8: 0, 1, 2, ... of the set)."""
+    label_set: LabelSet = GLIOMA
 
     def __post_init__(self) -> None:
         shapes = {a.shape for a in vars(self).values() if isinstance(a, np.ndarray)}
@@ -114,7 +124,7 @@ def render(report: Report) -> str:
         pages.get_template("page.html.jinja")
         .render(
             report=report,
-            regions=REGIONS,
+            regions=tuple(dict.fromkeys(str(row["region"]) for row in report.scores)),
             score_names=SCORES,
             means=means(report.scores) if report.scores else {},
             cases=_worst_first(report.scores),
@@ -124,10 +134,21 @@ def render(report: Report) -> str:
                 (overlay, _panels(overlay), _volumes(overlay)) for overlay in report.overlays
             ],
             fly_through=_fly_through(report.overlays[0]) if report.overlays else "",
-            colours={LABEL_NAMES[label - 1]: colour for label, colour in COLOURS.items()},
+            colours={n: c for o in report.overlays for n, c in colours_of(o.label_set).items()},
         )
         .lstrip()
     )
+
+
+def colours_of(labels: LabelSet) -> dict[str, str]:
+    """Name -> colour of each label, in the order of their values.
+
+    Example:
+        >>> colours_of(LabelSet(("liver", "ET"), ()))
+        {'liver': '#56b4e9', 'ET': '#ff5a1f'}
+    """
+    others = cycle(_OTHER_COLOURS)
+    return {name: _COLOURS.get(name) or next(others) for name in labels.names}
 
 
 def _worst_first(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -143,7 +164,7 @@ def _worst_first(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
 def _charts(curves: Mapping[str, Curve]) -> Iterator[tuple[str, Markup]]:
     """Title and inline SVG of each chart that has something to show."""
     for title, (top, names) in _CHARTS.items():
-        given = {name: curves[name] for name in names if name in curves}
+        given = {name: curves[name] for name in curves if name.startswith(names)}
         lines = {name: np.array([c.steps, c.values], float) for name, c in given.items()}
         lines = {name: line[:, np.isfinite(line[1])] for name, line in lines.items()}
         if lines := {name: line for name, line in lines.items() if line.size}:
@@ -187,7 +208,8 @@ def _panels(overlay: Overlay) -> list[Panel]:
         paths = []
         for labels in (overlay.prediction, overlay.reference):
             shown = image * 0 if labels is None else _as_displayed(labels[box], axis, index)
-            paths.append({LABEL_NAMES[n - 1]: _svg_path(shown == n, spacing_mm) for n in COLOURS})
+            known = enumerate(overlay.label_set.names, 1)
+            paths.append({name: _svg_path(shown == n, spacing_mm) for n, name in known})
         width, height = np.multiply(image.shape[::-1], spacing_mm).tolist()
         uri = _data_uri(Image.fromarray(image))
         panels.append(Panel(modality, plane, chosen[axis], (width, height), uri, *paths))
@@ -241,7 +263,10 @@ def _volumes(overlay: Overlay) -> dict[str, list[float]]:
     """Region -> cm3 in the prediction and, where there is one, in the reference."""
     cm3 = math.prod(overlay.spacing_mm) / 1000
     both = [labels for labels in (overlay.prediction, overlay.reference) if labels is not None]
-    return {r: [cm3 * int(region_mask(labels, r).sum()) for labels in both] for r in REGIONS}
+    return {
+        region.name: [cm3 * int(region_mask(labels, region).sum()) for labels in both]
+        for region in overlay.label_set.regions
+    }
 
 
 def _fly_through(overlay: Overlay) -> str:
@@ -255,18 +280,21 @@ def _fly_through(overlay: Overlay) -> str:
     width, height = np.multiply(labels.shape[:2], overlay.spacing_mm[:2])
     scale = min(math.sqrt(_MAX_PIXELS / len(chosen) / width / height), 2.5)
     size = round(width * scale), round(height * scale)
-    return _data_uri(*(_frame(greys[..., k].T, labels[..., k].T, size) for k in chosen))
+    colours = [*colours_of(overlay.label_set).values()]
+    return _data_uri(*(_frame(greys[..., k].T, labels[..., k].T, size, colours) for k in chosen))
 
 
-def _frame(grey: np.ndarray, labels: np.ndarray, size: tuple[int, int]) -> Image.Image:
+def _frame(
+    grey: np.ndarray, labels: np.ndarray, size: tuple[int, int], colours: Sequence[str]
+) -> Image.Image:
     """One palette image: greys first, then the colours of the labels."""
     smooth = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR)
     frame = Image.frombytes("P", size, smooth.tobytes())
     ramp = np.linspace(0, 255, _NUM_GREYS).astype(int).repeat(3).tolist()
-    frame.putpalette(ramp + [n for colour in COLOURS.values() for n in bytes.fromhex(colour[1:])])
+    frame.putpalette(ramp + [n for colour in colours for n in bytes.fromhex(colour[1:])])
     pen, zoom = ImageDraw.Draw(frame), np.divide(size, labels.shape[::-1]).tolist()
-    for n, label in enumerate(COLOURS):
-        for line in _outlines(labels == label, zoom):
+    for n in range(len(colours)):
+        for line in _outlines(labels == n + 1, zoom):
             pen.line(line.ravel().tolist(), fill=_NUM_GREYS + n)
     return frame
 

@@ -14,7 +14,7 @@ from nibabel import Nifti1Image
 from nibabel.processing import resample_from_to
 
 from raybrats import storage
-from raybrats.brats import EDITIONS, MODALITIES
+from raybrats.brats import MODALITIES, UNKNOWN
 from raybrats.data.cohort import index, layout, source
 from raybrats.data.cohort.case import BAD, INCOMPLETE, Case, open_case
 from raybrats.data.cohort.dataset_json import MODALITY_NAMES
@@ -201,8 +201,7 @@ def _case_of(files: Mapping[str, PathLike]) -> Case:
         raise UsageError(f"{problem}; expected one for each modality")
     suffix = rf"[_-]({'|'.join(MODALITY_NAMES)})$"
     case_id = re.sub(suffix, "", layout.stem(given[0]), flags=re.IGNORECASE)
-    values = EDITIONS["2023"].label_values
-    return index.case_of(layout.Files(case_id, "2023", "files", uris, None, values))
+    return index.case_of(layout.Files(case_id, UNKNOWN, "files", uris, None, (), ""))
 
 
 def _resampled(case: Case, modalities: Sequence[str]) -> RawCase:

@@ -208,17 +208,23 @@ def segment_case(case: Case, model: load.Model, out_uri: str) -> None:
     """Writes the prediction of one case of a cohort, in its own grid and label values.
 
     Raises:
-        DataError: the case is damaged, or lacks modalities and the model was trained with all.
+        DataError: the case is damaged, has other labels than the model, or lacks modalities and
+            the model was trained with all.
         StorageError: one of its files, or the folder, is out of reach.
 
     Example:
         >>> model = load.load("models:/raybrats/3", "http://mlflow:5000")  # doctest: +SKIP
         >>> segment_case(index.find_cases("BraTS2021")[0], model, "out")  # doctest: +SKIP
     """
+    if case.label_set and case.labels != model.label_set:
+        ours, theirs = (", ".join(known.names) for known in (model.label_set, case.labels))
+        words = f"the model tells apart {ours}, its masks {theirs}"
+        raise DataError(f"{case.case_id}: {words}; take another model, or `raybrats segment`")
     raw = open_case_for(model, case)
-    values = np.array([0, *case.written_values], np.uint8)
+    values = case.label_values or range(1, len(model.label_set.names) + 1)
+    written = np.array([0, *values], np.uint8)
     uri = storage.join(out_uri, file_name(case))
-    storage.write_bytes(uri, encode_labels(values[model.predict(raw.image)], raw.grid))
+    storage.write_bytes(uri, encode_labels(written[model.predict(raw.image)], raw.grid))
 
 
 class _Worker:

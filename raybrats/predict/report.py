@@ -123,12 +123,12 @@ def _overlay(case: Case, predictions: str) -> Overlay:
     opened = open_case(case, labels=bool(case.label_values))
     name = file_name(case)
     volume = decode(storage.read_bytes(storage.join(predictions, name)), name)
-    ncr, ed, et = case.written_values
     return Overlay(
         case_id=case.case_id,
         flair=opened.volumes[MODALITIES.index("flair")],
         t1ce=opened.volumes[MODALITIES.index("t1ce")],
         spacing_mm=canonical_spacing(opened.grid),
         reference=opened.labels,
-        prediction=labels_from(volume, (ncr, ed, et), name),
+        prediction=labels_from(volume, case.written_values, name),
+        label_set=case.labels,
     )

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raybrats import storage
-from raybrats.brats import REGION_LABELS, REGIONS, Region
 from raybrats.data.nifti.header import Grid
 from raybrats.data.nifti.volume import encode_labels, from_canonical, to_canonical
 from raybrats.errors import UsageError
+from raybrats.label_set import GLIOMA, LabelSet
 from raybrats.predict import patient
 from raybrats.predict.patient import Files, PathLike
 from raybrats.predict.target import check_target
@@ -39,41 +39,53 @@ class Segmentation:
 
     case_id: str
     labels: np.ndarray = field(repr=False)
-    """uint8 (i, j, k): 0, 1 NCR, 2 ED, 3 ET, on the axes of the first file, or of the array: voxel
-    by voxel what `nibabel.load(first_file).get_fdata()` shows."""
+    """uint8 (i, j, k): 0, 1, 2, ... as the label set has them (glioma: 1 NCR, 2 ED, 3 ET), on the
+    axes of the first file, or of the array: voxel by voxel what
+    `nibabel.load(first_file).get_fdata()` shows."""
     grid: Grid
     """Shape and affine of that file."""
     model: str
     """Model that it is from: `models:/name/version`, or the URI of a checkpoint."""
+    label_set: LabelSet = field(default=GLIOMA, repr=False)
+    """What the model tells apart."""
     remarks: tuple[str, ...] = ()
     """Sentences on what is unlike the heads that the model was trained on."""
 
     @property
-    def volumes_mm3(self) -> dict[Region, float]:
+    def volumes_mm3(self) -> dict[str, float]:
         """Volume of each region in cubic millimetres."""
         voxel = abs(float(np.linalg.det(self.grid.affine[:3, :3])))
         return {
-            region: voxel * int(np.isin(self.labels, REGION_LABELS[region]).sum())
-            for region in REGIONS
+            region.name: voxel * int(np.isin(self.labels, region.labels).sum())
+            for region in self.label_set.regions
         }
 
-    def encode(self, label_values: tuple[int, ...] = (1, 2, 3)) -> bytes:
-        """A .nii.gz in the grid of the first file, with these values for NCR, ED and ET."""
-        values = np.array([0, *label_values], np.uint8)
+    def encode(self, label_values: tuple[int, ...] = ()) -> bytes:
+        """A .nii.gz in the grid of the first file, with these values for the labels.
+
+        Raises:
+            UsageError: there are not as many values as labels.
+        """
+        known = self.label_set.names
+        values = np.array([0, *(label_values or range(1, len(known) + 1))], np.uint8)
+        if len(values) != 1 + len(known):
+            raise UsageError(f"label values {label_values}; expected those of {', '.join(known)}")
         return encode_labels(to_canonical(values[self.labels], self.grid), self.grid)
 
-    def save(self, uri: PathLike, label_values: tuple[int, ...] = (1, 2, 3)) -> str:
+    def save(self, uri: PathLike, label_values: tuple[int, ...] = ()) -> str:
         """Writes the labels as NIfTI in the first file's grid, orientation and affine.
 
         Args:
             uri: .nii or .nii.gz: a local path or an s3:// URI.
-            label_values: values of NCR, ED and ET in the file; BraTS up to 2021 has 1, 2, 4.
+            label_values: values of the labels in the file, 1, 2, ... where not given; BraTS up to
+                2021 has 1, 2, 4.
 
         Returns:
             The URI, absolute.
 
         Raises:
-            UsageError: the URI is not that of a NIfTI file.
+            UsageError: the URI is not that of a NIfTI file, or there are not as many values as
+                labels.
             StorageError: it cannot be written.
         """
         out = check_target(uri)
@@ -145,7 +157,8 @@ class Segmenter:
         for remark in remarks:
             _LOG.warning("%s: %s", raw.case_id, remark)
         labels = from_canonical(self.model.predict(raw.image), raw.grid)
-        return Segmentation(raw.case_id, labels, raw.grid, self.name, remarks)
+        known = self.model.label_set
+        return Segmentation(raw.case_id, labels, raw.grid, self.name, known, remarks)
 
 
 def load(uri: str, tracking_uri: str = "") -> Segmenter:

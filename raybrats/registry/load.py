@@ -17,6 +17,7 @@ from mlflow.artifacts import download_artifacts, list_artifacts
 from raybrats import storage
 from raybrats.config import TrainConfig, from_json
 from raybrats.errors import CheckpointError, MissingObjectError, UsageError
+from raybrats.label_set import LABEL_SETS, LabelSet
 from raybrats.registry.server import check_reachable, tracking_errors
 from raybrats.registry.tracking import default_server
 from raybrats.train import manifest
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_SCORES = ("dice_WT", "dice_TC", "dice_ET", "dice_mean")
-"""Tags of a version that are shown."""
+_SCORE = "dice_"
+"""How the tags of a version begin that are shown."""
 _MOST_CONFIG, _MOST_HEADER = 2**16, 2**20
 """Bytes of a configuration, and of names and shapes in a file of weights: 4 KB and 40 KB."""
 
@@ -42,6 +43,8 @@ class Model:
     """Modalities that it takes, in the order of its input's first axis."""
     predict: Callable[[np.ndarray], np.ndarray]
     """Function from a raw case, float32 (modality, i, j, k), to its labels, uint8 (i, j, k)."""
+    label_set: LabelSet
+    """What it tells apart."""
     takes_incomplete: bool
     """Whether it was trained with modalities dropped, so that one may be missing."""
 
@@ -74,7 +77,7 @@ def load(uri: str, tracking_uri: str) -> Model:
     config = trained.config
     predict = partial(segment, trained_network(config, trained.weights), config)
     incomplete = config.augment.drop_modality > 0
-    return Model(trained.name, config.data.modalities, predict, incomplete)
+    return Model(trained.name, config.data.modalities, predict, config.labels, incomplete)
 
 
 def read(uri: str, tracking_uri: str) -> Trained:
@@ -215,17 +218,26 @@ def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
         for alias, number in client.get_registered_model(name).aliases.items():
             aliases.setdefault(str(number), []).append(alias)
         found = client.search_model_versions(f"name = '{name}'")
+    scores = _in_order({key for v in found for key in v.tags if key.startswith(_SCORE)})
     rows = [
         {
             "version": str(v.version),
             "aliases": ", ".join(aliases.get(str(v.version), [])),
-            **{key: _rounded(v.tags.get(key, "")) for key in _SCORES},
+            **{key: _rounded(v.tags.get(key, "")) for key in scores},
             "recipe": v.tags.get("recipe", ""),
             "run_id": v.run_id or "",
         }
         for v in found
     ]
     return sorted(rows, key=lambda row: -int(row["version"]))
+
+
+def _in_order(scores: set[str]) -> list[str]:
+    """The tags in the order of the known regions, then any others, and the mean last."""
+    regions = [name for labels in LABEL_SETS.values() for name in labels.region_names]
+    known = [_SCORE + name for name in dict.fromkeys(regions)]
+    others = sorted(scores.difference(known, (f"{_SCORE}mean",)))
+    return [name for name in (*known, *others, f"{_SCORE}mean") if name in scores]
 
 
 def _rounded(score: str) -> str:

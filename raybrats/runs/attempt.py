@@ -14,7 +14,7 @@ from raybrats import cluster, storage
 from raybrats.config import TrainConfig
 from raybrats.data.cohort import index
 from raybrats.data.cohort.case import Case
-from raybrats.data.cohort.usable import left_out, split, usable
+from raybrats.data.cohort.usable import left_out, split, usable, with_labels
 from raybrats.errors import RaybratsError, TrackingError
 from raybrats.registry import load, tracking
 from raybrats.registry.tracking import Run
@@ -140,6 +140,7 @@ def opened(
         known = record.earlier(config, uri)
         if cases is None:
             cases = fitting_cases(config)
+        config = with_labels(config, cases)
         record.check_cohort(known, cases, uri)
         begun = first_weights(config, uri) if known is None else ""
         tags = {"raybrats.init_from": begun} if begun else {}

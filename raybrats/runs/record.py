@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from raybrats import storage
-from raybrats.config import TrainConfig, deciding, digest, to_json
+from raybrats.config import TrainConfig, deciding, digest, override, to_json
 from raybrats.data.cohort.case import Case
 from raybrats.errors import (
     CheckpointError,
@@ -82,6 +82,9 @@ def earlier(config: TrainConfig, run_uri: str) -> Record | None:
         raise UsageError(f"run.resume is never, but {run_uri} exists; choose another run.name")
     if config.run.resume == "must" and not checkpoint.written(run_uri):
         raise UsageError(f"run.resume is must, but {run_uri} has no checkpoint")
+    if not config.data.labels:  # those of the cohort's cases, as the earlier attempt has found
+        found = str(known.config["data"].get("labels", ""))
+        config = override(config, "data.labels", found)
     if known.digest != digest(config):
         fields = ", ".join(_differences(known.config, json.loads(to_json(config))) or ["digest"])
         raise UsageError(

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from raybrats import storage
-from raybrats.brats import REGIONS
 from raybrats.config import TrainConfig
 from raybrats.data.cohort.usable import split
+from raybrats.label_set import LabelSet
 from raybrats.recipes import named
 from raybrats.registry import register
 from raybrats.registry.register import Version
@@ -24,7 +24,7 @@ class Result:
     mlflow_run_id: str
     steps: int
     scores: Mapping[str, float]
-    """Dice of WT, TC and ET on the held-out fold, and their mean, of the best checkpoint."""
+    """Dice of each region on the held-out fold, and their mean, of the best checkpoint."""
     patches_per_s: float
     data_wait_fraction: float
     restarts: int
@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> Result:
         run_uri=attempt.uri,
         mlflow_run_id=attempt.tracking.run_id,
         steps=outcome.step,
-        scores=best_scores(attempt.uri),
+        scores=best_scores(attempt.uri, attempt.config.labels),
         patches_per_s=outcome.metrics.get("patches_per_s", 0.0),
         data_wait_fraction=outcome.metrics.get("data_wait_fraction", 0.0),
         restarts=outcome.restarts,
@@ -85,21 +85,24 @@ def register_best(attempt: Attempt) -> Version | None:
     found = checkpoint.best(attempt.uri)
     _, held_out = split(config, attempt.cases)
     digests = "".join(sorted(digest for case in held_out for digest in case.digests))
-    scores = {name: found.metrics[name] for name in (*REGIONS, "mean")}
+    scores = _scores(found.metrics, config.labels)
     files = {checkpoint.WEIGHTS: found.files[checkpoint.WEIGHTS]}
     held_out_digest = storage.digest_of(digests.encode())[:16]
     return register.register(attempt.tracking, config, files, scores, held_out_digest)
 
 
-def best_scores(run_uri: str) -> dict[str, float]:
+def best_scores(run_uri: str, labels: LabelSet) -> dict[str, float]:
     """Dice of each region and their mean, of the best checkpoint of a run, by its manifest.
 
     Raises:
         CheckpointError: none has a validation.
 
     Example:
-        >>> best_scores("runs/one")["mean"]  # doctest: +SKIP
+        >>> best_scores("runs/one", GLIOMA)["mean"]  # doctest: +SKIP
         0.72
     """
-    metrics = checkpoint.best_written(run_uri).metrics
-    return {name: metrics[name] for name in (*REGIONS, "mean")}
+    return _scores(checkpoint.best_written(run_uri).metrics, labels)
+
+
+def _scores(metrics: Mapping[str, float], labels: LabelSet) -> dict[str, float]:
+    return {name: metrics[name] for name in (*labels.region_names, "mean")}

@@ -25,7 +25,7 @@ from raybrats.registry.register import Version
 from raybrats.registry.tracking import Run
 from raybrats.runs import board, launch, lease, record
 from raybrats.runs.attempt import Attempt, close, fitting_cases, opened, run_uri
-from raybrats.runs.run import best_scores, register_best
+from raybrats.runs.run import register_best
 from raybrats.runs.space import space_of
 from raybrats.runs.stop import Stop, on_sigterm
 from raybrats.runs.watching import Shown, Stopped
@@ -228,7 +228,7 @@ def _outcome(shared: Search, result: ray.tune.Result) -> Trial:
         known = record.read(uri)
         run_id = known.mlflow_run_id if known else ""
         ended = any(written.finished for written in checkpoint.written(uri))
-        score = best_scores(uri)["mean"]
+        score = checkpoint.best_written(uri).metrics["mean"]
     except CheckpointError as damage:  # that there is no score is one, too, and no error
         error = error or (str(damage) if not run_id else "")
     status = "finished" if ended else "failed" if error else "pruned"

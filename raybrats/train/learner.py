@@ -164,7 +164,7 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
         network=network,
         bare=network,
         optimizer=_optimizer(config.optim, network),
-        loss=SegmentationLoss(config.loss),
+        loss=SegmentationLoss(config.loss, config.labels),
         scaler=torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
         average=average,
     )

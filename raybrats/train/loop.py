@@ -9,7 +9,6 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from raybrats.brats import REGIONS
 from raybrats.data.batch import Batch
 from raybrats.data.prepare import Prepared
 from raybrats.model.inference import predict_case
@@ -101,7 +100,7 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
     feed = inputs(learner, batches)
     while True:
         if _is_due(learner):
-            metrics = mean_scores(hooks.validate(), REGIONS)
+            metrics = mean_scores(hooks.validate(), config.labels.region_names)
             learner.add_validation(metrics["mean"])
             hooks.log({f"val/dice_{name}": value for name, value in metrics.items()})
             metrics |= pace.figures()
@@ -139,7 +138,8 @@ def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
         assert prepared.labels is not None, "validation cases have labels"
         with learner.autocast():
             labels = predict_case(network, learner.config, prepared, learner.device)
-        scores.append(region_dice(labels[0].cpu().numpy(), prepared.labels))
+        found = labels[0].cpu().numpy()
+        scores.append(region_dice(found, prepared.labels, learner.config.labels))
     return scores
 
 

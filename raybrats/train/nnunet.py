@@ -13,9 +13,11 @@ from numpy._core import multiarray
 from torch import Tensor
 
 from raybrats import storage
-from raybrats.brats import LABEL_NAMES, REGION_LABELS, REGIONS, Modality
+from raybrats.brats import Modality
 from raybrats.config import DataConfig, NetworkConfig, TrainConfig
+from raybrats.data.cohort.dataset_json import labels_of
 from raybrats.errors import DataError, UsageError
+from raybrats.label_set import LabelSet, as_text
 from raybrats.model.unet import blocks_of
 from raybrats.recipes import nnunet
 
@@ -31,12 +33,7 @@ _MODALITIES: tuple[tuple[Modality, str], ...] = (
     ("t1", r"t1"),
     ("t2", r"t2"),
 )
-_LABELS = (
-    ("NCR", r"\bncr\b|necro|netc|non.?enh"),
-    ("ED", r"\bed\b|edema|snfh"),
-    ("ET", r"\bet\b|enhanc"),
-)
-"""What the names of channels and labels hold, by ours; the first one that fits."""
+"""What the names of channels hold, by ours; the first one that fits."""
 _KINDS: dict[str, Literal["plain", "residual"]] = {
     "PlainConvUNet": "plain",
     "ResidualEncoderUNet": "residual",
@@ -65,8 +62,8 @@ def read_fold(checkpoint_uri: str, plans_uri: str, dataset_uri: str) -> Fold:
         dataset_uri: `dataset.json`.
 
     Raises:
-        UsageError: the plans are of another network, spacing or normalisation, or the channels
-            and labels are not those of glioma in BraTS.
+        UsageError: the plans are of another network, spacing or normalisation, the channels are
+            no modalities of BraTS, or the labels do not fit together.
         DataError: a file is damaged, or the checkpoint holds anything but weights and figures.
         StorageError: a file is missing or out of reach.
 
@@ -79,8 +76,9 @@ def read_fold(checkpoint_uri: str, plans_uri: str, dataset_uri: str) -> Fold:
         name = state["init_args"]["configuration"]
         plan = plans["configurations"][name]
         order = [2 - axis for axis in plans.get("transpose_forward", (0, 1, 2))]
-        target, outputs = _outputs(dataset)
+        target, outputs, labels = _outputs(dataset)
         config = _config(plan, order, dataset, target)
+        config = replace(config, data=replace(config.data, labels=as_text(labels)))
         weights = _weights(state["network_weights"], order, outputs)
     except UsageError:
         raise
@@ -178,25 +176,15 @@ def _modalities(channels: Mapping[str, str]) -> tuple[Modality, ...]:
     )
 
 
-def _outputs(dataset: Mapping[str, Any]) -> tuple[str, list[int]]:
-    """What the network tells apart, and nnU-Net's number of each of our outputs.
-
-    Nested regions are known by their sizes, and labels by their names.
-    """
-    labels = {name: value for name, value in dataset["labels"].items() if name != "ignore"}
-    foreground = {name: value for name, value in labels.items() if name != "background"}
-    if any(isinstance(value, list) for value in foreground.values()):
-        parts = [{*v} if isinstance(v, list) else {v} for v in foreground.values()]
-        whole, *inner = (nested := sorted(parts, key=len, reverse=True))
-        due = [len(REGION_LABELS[region]) for region in REGIONS]
-        inside = all(small < large for large, small in zip([whole, *inner], inner, strict=False))
-        if [len(part) for part in nested] != due or not inside:
-            raise UsageError(f"dataset.json has regions {foreground}; expected WT, TC and ET")
-        return "regions", [parts.index(part) for part in nested]
-    named = {_named(name, _LABELS, "label"): value for name, value in foreground.items()}
-    if sorted(named) != sorted(LABEL_NAMES) or len(foreground) != len(LABEL_NAMES):
-        raise UsageError(f"dataset.json has labels {foreground}; expected NCR, ED and ET")
-    return "labels", [0, *(named[name] for name in LABEL_NAMES)]
+def _outputs(dataset: Mapping[str, Any]) -> tuple[str, list[int], LabelSet]:
+    """What the network tells apart, nnU-Net's number of each of our outputs, and its labels."""
+    values, labels = labels_of(dataset)
+    foreground = [value for value in dataset["labels"].values() if value not in (0, [0])]
+    if not any(isinstance(value, list) for value in foreground):
+        return "labels", [0, *values], labels
+    parts = [{*value} if isinstance(value, list) else {value} for value in foreground]
+    ours = [{values[label - 1] for label in region.labels} for region in labels.regions]
+    return "regions", [parts.index(region) for region in ours], labels
 
 
 def _named(theirs: str, ours: Sequence[tuple[Any, str]], kind: str) -> Any:  # noqa: ANN401

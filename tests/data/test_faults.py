@@ -33,6 +33,7 @@ from raybrats.data.cohort.rows import read_cohort, write_cohort
 from raybrats.data.cohort.usable import usable, with_modalities
 from raybrats.data.nifti.volume import decode
 from raybrats.errors import ChangedObjectError, DataError, StorageError
+from raybrats.label_set import GLIOMA
 from raybrats.phantom.phantom import write_phantoms
 
 pytestmark = pytest.mark.faults
@@ -328,7 +329,7 @@ def test_d4_only_a_model_trained_with_modalities_dropped_takes_an_incomplete_cas
 
     part(tree, "t1ce").unlink()
     case = find_cases(str(tree))[0]
-    model = Model("models:/m/1", MODALITIES, lambda image: (image[0] > 0) * 3, False)
+    model = Model("models:/m/1", MODALITIES, lambda image: (image[0] > 0) * 3, GLIOMA, False)
     with pytest.raises(DataError, match=rf"^{CASE}: no t1ce file; complete it, or use a model"):
         segment_case(case, model, str(tree / "out"))
     segment_case(case, replace(model, takes_incomplete=True), str(tree / "out"))

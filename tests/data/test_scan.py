@@ -70,28 +70,32 @@ def test_the_histogram_counts_the_brain_by_value(given_image):
         assert found[found > 0].tolist() == numbers.tolist()
 
 
-@given(shapes.flatmap(lambda shape: arrays(np.uint8, shape, elements=st.integers(0, 3))))
+@given(
+    shapes.flatmap(lambda shape: arrays(np.uint8, shape)),
+    st.integers(1, 6),
+)
 @several
-def test_tumour_voxels_are_boxed_counted_and_listed_class_by_class(labels):
-    box, counts = scan.tumour(read_only(labels))
+def test_tumour_voxels_are_boxed_counted_and_listed_class_by_class(labels, num_labels):
+    labels %= 1 + num_labels
+    box, counts = scan.tumour(read_only(labels), num_labels)
     assert box.tolist() == box_of(labels > 0)
-    assert counts.tolist() == np.bincount(labels.ravel(), minlength=4).tolist()
+    assert counts.tolist() == np.bincount(labels.ravel(), minlength=1 + num_labels).tolist()
     places = scan.places(labels, counts)
     assert places.dtype == np.int32
-    expected = [np.flatnonzero(labels == label) for label in (1, 2, 3)]
+    expected = [np.flatnonzero(labels == label) for label in range(1, 1 + num_labels)]
     assert places.tolist() == np.concatenate(expected).tolist()
 
 
 @given(
     stored=shapes.flatmap(lambda shape: arrays(np.uint8, shape)),
-    values=st.permutations(range(1, 256)).map(lambda order: tuple(order[:3])),
+    values=st.permutations(range(1, 256)).map(lambda order: tuple(order[: 1 + order[0] % 6])),
     among=st.booleans(),
 )
 @several
 def test_labels_become_ours_or_one_that_is_unknown_is_named(stored, values, among):
     known = np.array([0, *values])
     if among:
-        stored = known[stored % 4].astype(np.uint8)
+        stored = known[stored % len(known)].astype(np.uint8)
     found, unknown = scan.encoded(read_only(stored), values)
     strange = np.setdiff1d(stored, known)
     if len(strange):
@@ -125,7 +129,7 @@ def test_one_voxel_is_a_brain_or_nothing(value: int):
 
 def test_no_tumour_has_no_place():
     nothing = np.zeros((3, 4, 5), np.uint8)
-    box, counts = scan.tumour(nothing)
+    box, counts = scan.tumour(nothing, 3)
     assert (box.any(), counts.tolist()) == (False, [60, 0, 0, 0])
     assert scan.places(nothing, counts).shape == (0,)
     assert scan.encoded(nothing, (1, 2, 4))[1] == -1

@@ -5,7 +5,7 @@ import torch
 from monai.losses import DiceLoss, FocalLoss
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
 
-from raybrats.config import LossConfig
+from raybrats.config import LossConfig, TrainConfig
 from raybrats.model.loss import SegmentationLoss, label_masks, region_masks
 from raybrats.model.network import num_outputs
 
@@ -38,7 +38,8 @@ def some_logits(seed=0):
 
 def logits_of(config, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, num_outputs(config), 8, 8, 8, generator=generator)
+    outputs = num_outputs(TrainConfig(loss=config))
+    return torch.randn(2, outputs, 8, 8, 8, generator=generator)
 
 
 def masks_of(config, labels):

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from raybrats.brats import REGION_LABELS, REGIONS
 from raybrats.data.nifti.labels import labels_from
 from raybrats.data.nifti.volume import decode
+from raybrats.label_set import GLIOMA, LABEL_SETS
 from raybrats.model.metrics import (
     HD95_ONE_EMPTY_MM,
     hd95,
@@ -20,19 +20,21 @@ from raybrats.model.metrics import (
 )
 
 LABELS = hnp.arrays(np.uint8, (4, 3, 3), elements=st.integers(0, 3))
+SETS = st.sampled_from([*LABEL_SETS.values()])
 MASKS = hnp.arrays(np.bool_, (5, 4, 3))
 ONE_MM = (1.0, 1.0, 1.0)
 
 
 def voxels(labels, region):
-    return {tuple(v) for v in np.argwhere(np.isin(labels, REGION_LABELS[region]))}
+    return {tuple(v) for v in np.argwhere(np.isin(labels, region.labels))}
 
 
-@given(LABELS, LABELS)
-def test_scores_are_set_arithmetic(prediction, reference):
-    for region, score in zip(REGIONS, score_case(prediction, reference, ONE_MM), strict=True):
+@given(LABELS, LABELS, SETS)
+def test_scores_are_set_arithmetic(prediction, reference, known):
+    scores = score_case(prediction, reference, ONE_MM, known)
+    for region, score in zip(known.regions, scores, strict=True):
         p, r = voxels(prediction, region), voxels(reference, region)
-        assert score.region == region
+        assert score.region == region.name
         if p | r:
             assert score.dice == pytest.approx(2 * len(p & r) / (len(p) + len(r)))
             assert score.iou == pytest.approx(len(p & r) / len(p | r))
@@ -44,10 +46,10 @@ def test_scores_are_set_arithmetic(prediction, reference):
         assert all(0 <= v <= 1 for v in (score.dice, score.iou, score.specificity))
 
 
-@given(LABELS, LABELS)
-def test_validation_and_evaluation_agree_on_dice(prediction, reference):
-    dice = [score.dice for score in score_case(prediction, reference, ONE_MM)]
-    assert region_dice(prediction, reference) == pytest.approx(dice)
+@given(LABELS, LABELS, SETS)
+def test_validation_and_evaluation_agree_on_dice(prediction, reference, known):
+    dice = [score.dice for score in score_case(prediction, reference, ONE_MM, known)]
+    assert region_dice(prediction, reference, known) == pytest.approx(dice)
 
 
 @given(LABELS)
@@ -130,7 +132,7 @@ def test_hd95_is_brute_force_and_symmetric(one, other, spacing):
 
 @given(LABELS)
 def test_a_region_is_the_voxels_of_its_labels(labels):
-    whole, core, enhancing = (region_mask(labels, region) for region in REGIONS)
+    whole, core, enhancing = (region_mask(labels, region) for region in GLIOMA.regions)
     np.testing.assert_array_equal(whole, labels > 0)
     np.testing.assert_array_equal(core, (labels == 1) | (labels == 3))
     np.testing.assert_array_equal(enhancing, labels == 3)

@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from raybrats.brats import ED, EDITIONS, ET, MODALITIES, NCR
+from raybrats.brats import EDITIONS, MODALITIES
 from raybrats.errors import UsageError
+from raybrats.label_set import ED, ET, NCR, label_set_of
 from raybrats.phantom.phantom import make_phantom, write_phantoms
 
 SMALL = (48, 48, 36)
@@ -143,6 +145,18 @@ TREES = {
         "Task01_BrainTumour/imagesTr/BRATS_001.nii.gz",
         "Task01_BrainTumour/labelsTr/BRATS_001.nii.gz",
     ],
+    **{
+        edition: [
+            f"{case_id}/{case_id}-{name}.nii.gz" for name in ("seg", "t1c", "t1n", "t2f", "t2w")
+        ]
+        for edition, case_id in (
+            ("MEN", "BraTS-MEN-00000-000"),
+            ("MET", "BraTS-MET-00000-000"),
+            ("PED", "BraTS-PED-00000-000"),
+            ("post-op", "BraTS-GLI-00000-100"),
+        )
+    },
+    "MEN-RT": [f"BraTS-MEN-RT-0000-1/BraTS-MEN-RT-0000-1_{name}.nii.gz" for name in ("gtv", "t1c")],
 }
 
 
@@ -156,12 +170,24 @@ def test_each_edition_has_its_tree(tmp_path, edition):
 @pytest.mark.parametrize("edition", EDITIONS)
 def test_each_edition_has_its_label_values(tmp_path, edition):
     write_phantoms(str(tmp_path), num_cases=1, shape=TINY, edition=edition)
-    path = next(path for path in TREES[edition] if "seg" in path or "labelsTr" in path)
+    path = next(path for path in TREES[edition] if re.search("seg|labelsTr|gtv", path))
     stored = np.asarray(nib.load(tmp_path / path).dataobj)
     _, labels = make_phantom(0, shape=TINY)
     assert stored.dtype == np.uint8
-    for value, stored_value in zip((NCR, ED, ET), EDITIONS[edition].label_values, strict=True):
-        np.testing.assert_array_equal(labels == value, stored == stored_value)
+    values = EDITIONS[edition].label_values
+    written = dict(zip(label_set_of(EDITIONS[edition].label_set).names, values, strict=True))
+    alike = {  # what each is in glioma; cysts and cavities are within the necrosis
+        **{"NCR": (NCR,), "ED": (ED,), "ET": (ET,), "SNFH": (ED,), "GTV": (NCR, ET)},
+        **dict.fromkeys(("NETC", "NET", "RC", "CC"), (NCR,)),
+    }
+    for name, value in written.items():
+        inside = np.isin(labels, alike[name])
+        np.testing.assert_array_equal(inside[stored == value], True)
+        if name not in ("NETC", "NET", "RC", "CC"):
+            np.testing.assert_array_equal(inside, stored == value)
+    hollow = [written[name] for name in ("RC", "CC") if name in written]
+    core = np.count_nonzero(labels == NCR)
+    assert [np.count_nonzero(stored == value) for value in hollow] == [core // 2] * len(hollow)
 
 
 @pytest.mark.parametrize("edition", ["2020", "2021", "2023"])
@@ -213,7 +239,7 @@ def test_files_repeat_byte_for_byte(tmp_path):
 
 
 def test_what_cannot_be_drawn_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match=r"one of 2020, 2021, 2023, msd, got '2019'"):
+    with pytest.raises(UsageError, match=r"one of 2020, 2021, 2023, msd, MEN, .*, got '2019'"):
         write_phantoms(str(tmp_path), edition="2019")
     with pytest.raises(UsageError, match="num_cases must be at least 1, got 0"):
         write_phantoms(str(tmp_path), num_cases=0)

@@ -12,7 +12,14 @@ from raybrats.data.cohort.rows import write_cohort
 from raybrats.errors import DataError, UsageError
 from raybrats.model.metrics import score_case
 from raybrats.phantom.phantom import write_phantoms
-from raybrats.predict.evaluate import SCORES, LabelFile, evaluate, means, score_pair
+from raybrats.predict.evaluate import (
+    SCORES,
+    LabelFile,
+    _told_by,
+    evaluate,
+    means,
+    score_pair,
+)
 
 SHAPE = (12, 10, 8)
 TOLD = (1, 2, 4)
@@ -76,19 +83,31 @@ def test_the_values_of_plain_files_come_from_their_ids_alone(tmp_path, case_id, 
 
 
 @pytest.mark.parametrize(
-    ("case_id", "edition"),
+    ("case_id", "edition", "regions"),
     [
-        ("BraTS-PED-00001-000", "PED"),
-        ("BraTS-MET-00001-000", "MET"),
-        ("BraTS-MEN-00001-000", "MEN"),
-        ("BraTS-MEN-RT-0001-1", "MEN-RT"),
-        ("BraTS-GLI-00001-100", "post-operative GLI"),
+        ("BraTS-MET-00001-000", "MET", ["WT", "TC", "ET", "RC"]),
+        ("BraTS-MEN-00001-000", "MEN", ["WT", "TC", "ET"]),
+        ("BraTS-GLI-00001-100", "post-op", ["WT", "TC", "ET", "RC"]),
+        ("BraTS-PED-00001-000", "PED", ["WT", "TC", "CC", "ET"]),
     ],
 )
-def test_labels_of_an_edition_that_is_not_supported_are_refused_by_name(tmp_path, case_id, edition):
-    one = LabelFile(case_id, save(tmp_path / "p.nii.gz", labels()))
-    with pytest.raises(DataError, match=f"BraTS {edition} .*--edition 2023"):
-        score_pair((one, one))
+def test_regions_are_those_of_the_edition(tmp_path, case_id, edition, regions):
+    place = save(tmp_path / "p.nii.gz", labels())
+    plain, told = LabelFile(case_id, place), LabelFile(case_id, place, *_told_by(edition))
+    if edition == "PED":  # whose ids are those of two releases
+        with pytest.raises(DataError, match=r"p\.nii\.gz: BraTS-PED ids .*--edition 2023"):
+            score_pair((plain, plain))
+    else:
+        assert score_pair((plain, plain)) == score_pair((told, told))
+    for pair in ((plain, told), (told, plain)):
+        assert [row["region"] for row in score_pair(pair)] == regions
+
+
+def test_labels_of_two_sets_are_not_compared(tmp_path):
+    place = save(tmp_path / "p.nii.gz", labels())
+    pair = LabelFile("a", place, *_told_by("2023")), LabelFile("a", place, *_told_by("PED"))
+    with pytest.raises(DataError, match=r"labels NCR, ED, ET against ET, NET, CC, ED; .*--edition"):
+        score_pair(pair)
 
 
 def test_a_value_that_the_edition_lacks_is_named(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageSequence
 
-from raybrats.brats import ED, ET, NCR, REGIONS
+from raybrats.label_set import ED, ET, GLIOMA, NCR, TREATED, LabelSet
 from raybrats.phantom.phantom import make_phantom
 from raybrats.predict import page as page
 from raybrats.predict.evaluate import SCORES
@@ -34,7 +34,7 @@ def full(overlay):
     rows = [
         {"case_id": case_id, "region": region, **dict.fromkeys(SCORES, value)}
         for case_id, value in ((HOSTILE, 0.25), ("good", 0.75))
-        for region in REGIONS
+        for region in GLIOMA.region_names
     ]
     return Report(
         title=HOSTILE,
@@ -97,8 +97,27 @@ def test_fly_through_moves_and_shows_the_labels(html):
     assert 1 < movie.n_frames <= 40
     frames = [frame.convert("RGB").getcolors(10**6) for frame in ImageSequence.Iterator(movie)]
     shown = {colour for colours in frames for _, colour in colours}
-    wanted = [tuple(bytes.fromhex(page.COLOURS[label][1:])) for label in (NCR, ED, ET)]
+    colours = page.colours_of(GLIOMA)
+    wanted = [tuple(bytes.fromhex(colours[name][1:])) for name in GLIOMA.names]
     assert shown.issuperset(wanted)
+
+
+def test_another_label_set_has_its_own_regions_colours_and_words(full, overlay):
+    labels = overlay.prediction.copy()
+    labels[labels == NCR] = 4
+    rows = [{**full.scores[0], "region": region} for region in TREATED.region_names]
+    treated = replace(overlay, prediction=labels, reference=None, label_set=TREATED)
+    text = Reader(render(replace(full, scores=rows, overlays=[treated]))).text
+    for words in (
+        "Resection cavity (RC)",
+        "RC, resection cavity",
+        "SNFH, surrounding FLAIR",
+        "Dice RC",
+    ):
+        assert words in text
+    assert "necrotic core" not in text
+    others = page.colours_of(LabelSet(("a", "b", "ET"), ()))
+    assert len({*others.values()}) == 3
 
 
 def test_fly_through_of_pure_noise_is_under_its_limit():

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from raybrats.brats import ED, ET, NCR, REGIONS
 from raybrats.config import (
     AugmentConfig,
     DataConfig,
@@ -20,6 +19,7 @@ from raybrats.config import (
 from raybrats.data.batch import collate
 from raybrats.data.patch import PatchRule, cut, draw_patch, to_row, volume_size
 from raybrats.data.prepare import prepare
+from raybrats.label_set import ED, ET, GLIOMA, NCR
 from raybrats.model.network import weights_of
 from raybrats.phantom.phantom import make_phantom
 from raybrats.train import checkpoint, loop
@@ -168,7 +168,7 @@ def test_loss_and_gradients_are_finite(batches, precision):
 def test_validation_scores_every_region_of_every_case(cases, precision):
     learner = new_learner(override(CONFIG, "optim.precision", precision), CPU)
     scores = loop.validate(learner, iter(cases))
-    assert np.array(scores).shape == (len(cases), len(REGIONS))
+    assert np.array(scores).shape == (len(cases), len(GLIOMA.regions))
     assert all(0 <= score <= 1 for row in scores for score in row)
 
 
@@ -202,10 +202,10 @@ def test_slices_and_whole_volumes_are_learned_and_scored(cases, sampling):
     batch = collate([to_row(case, patches[n], n) for n, case in enumerate(cases)])
     losses = [float(train_step(learner, batch)) for _ in range(8)]
     assert losses[-1] < losses[0]
-    assert np.array(loop.validate(learner, iter(cases))).shape == (2, len(REGIONS))
+    assert np.array(loop.validate(learner, iter(cases))).shape == (2, len(GLIOMA.regions))
 
 
 def test_means_go_over_cases_first_and_then_over_regions():
-    means = loop.mean_scores([[1.0, 0.5, 0.0], [0.0, 0.5, 0.4]], REGIONS)
+    means = loop.mean_scores([[1.0, 0.5, 0.0], [0.0, 0.5, 0.4]], GLIOMA.region_names)
     assert means == pytest.approx({"WT": 0.5, "TC": 0.5, "ET": 0.2, "mean": 0.4})
-    assert loop.mean_scores([[1.0, 1.0, 1.0]], REGIONS)["mean"] == 1
+    assert loop.mean_scores([[1.0, 1.0, 1.0]], GLIOMA.region_names)["mean"] == 1

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from raybrats.errors import DataError, UsageError
+from raybrats.label_set import GLIOMA
 from raybrats.model.network import load_weights, network_of
 from raybrats.train.nnunet import read_fold
 
 WIDTHS = (8, 16, 24)
 REGIONS = {"background": 0, "tumor core": [2, 3], "whole tumor": [1, 2, 3], "enhancing tumor": [3]}
 LABELS = {"background": 0, "edema": 1, "non-enhancing tumor": 2, "enhancing tumor": 3}
+OTHERS = {"background": 0, "liver": 1, "lesion": 2}
 CHANNELS = {"0": "T1", "1": "T1ce", "2": "T2", "3": "Flair"}
 BLOCKS = {
     "PlainConvUNet": {"n_conv_per_stage": [2, 2, 2], "n_conv_per_stage_decoder": [2, 2]},
@@ -119,10 +121,10 @@ def plans_of(configuration, transpose=(0, 1, 2)):
 
 
 @pytest.mark.parametrize("transpose", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
-@pytest.mark.parametrize("labels", [REGIONS, LABELS])
+@pytest.mark.parametrize("labels", [REGIONS, LABELS, OTHERS])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_the_network_computes_what_nnunets_does(fold, kind, labels, transpose):
-    theirs = library(kind, 3 if labels == REGIONS else 4)
+    theirs = library(kind, 4 if labels == LABELS else 3)
     found = read_fold(*fold(state_of(theirs), plans_of(plan(kind), transpose), labels))
     ours = network_of(found.config).eval()
     load_weights(ours, found.weights)
@@ -133,9 +135,10 @@ def test_the_network_computes_what_nnunets_does(fold, kind, labels, transpose):
     back = [transpose.index(axis) for axis in range(3)]
     expected = expected.permute(0, 1, *(2 + axis for axis in back)).permute(0, 1, 4, 3, 2)
     # WT, TC, ET, which the data set names in another order; or background, NCR, ED, ET
-    outputs = [1, 0, 2] if labels == REGIONS else [0, 2, 1, 3]
+    outputs = [1, 0, 2] if labels == REGIONS else [0, 2, 1, 3] if labels == LABELS else [0, 1, 2]
     torch.testing.assert_close(ours(image), expected[:, outputs], atol=1e-5, rtol=1e-5)
     assert found.config.loss.target == ("regions" if labels == REGIONS else "labels")
+    assert found.config.labels.names == (("liver", "lesion") if labels == OTHERS else GLIOMA.names)
     assert found.config.data.modalities == ("t1", "t1ce", "t2", "flair")
     patch = dict(zip((2 - axis for axis in transpose), (32, 24, 16), strict=True))
     assert found.config.data.patch_size == tuple(patch[axis] for axis in range(3))
@@ -163,14 +166,13 @@ def test_a_plan_of_another_network_is_refused_by_name(fold, changes, said):
 @pytest.mark.parametrize(
     ("labels", "channels", "said"),
     [
-        ({"background": 0, "whole": [1, 2], "core": [2]}, CHANNELS, "expected WT, TC and ET"),
-        ({**REGIONS, "tumor core": [1, 4]}, CHANNELS, "expected WT, TC and ET"),
-        ({"background": 0, "liver": 1}, CHANNELS, "'liver', which is none of NCR, ED, ET"),
-        ({"background": 0, "edema": 1, "necrosis": 2}, CHANNELS, "expected NCR, ED and ET"),
+        ({"background": 0, "whole": [1, 2], "core": [2]}, CHANNELS, "one label of regions_class_o"),
+        ({**REGIONS, "tumor core": [1, 4]}, CHANNELS, "one label of regions_class_order a region"),
+        ({"background": 0}, CHANNELS, "expected values of 1 to 255"),
         (REGIONS, {**CHANNELS, "1": "CT"}, "'CT', which is none of flair, t1ce, t1, t2"),
     ],
 )
-def test_what_is_no_glioma_of_brats_is_refused(fold, labels, channels, said):
+def test_labels_and_channels_that_are_none_are_refused(fold, labels, channels, said):
     places = fold(state_of(nn.Conv3d(1, 1, 1)), plans_of(plan()), labels, channels)
     with pytest.raises(UsageError, match=said):
         read_fold(*places)

@@ -9,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 
 from raybrats import storage
-from raybrats.brats import EDITIONS, MODALITIES, why_no_labels
+from raybrats.brats import MODALITIES, why_no_labels
 from raybrats.config import DataConfig
 from raybrats.data.cohort import source
 from raybrats.data.cohort.source import Source
@@ -18,6 +18,7 @@ from raybrats.data.nifti.labels import labels_from
 from raybrats.data.nifti.volume import Volume, on_one_grid
 from raybrats.data.prepare import Box, Prepared, prepare
 from raybrats.errors import DataError
+from raybrats.label_set import LabelSet, label_set_of
 
 OK, UNLABELLED, INCOMPLETE, BAD = "ok", "unlabelled", "incomplete", "bad"
 """States of a case; incomplete: sound, with or without labels, but not with all modalities."""
@@ -35,7 +36,7 @@ class Case:
     """One per modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
     label_uri: str | None
     label_values: tuple[int, ...]
-    """Values of NCR, ED and ET in the label file; empty where the edition's are not known."""
+    """Values of its labels in the label file, in their order; empty where they are not known."""
     sizes: tuple[int, ...] = ()
     """Bytes of the image files, 0 for a missing one, then of the label file."""
     digests: tuple[str, ...] = ()
@@ -44,13 +45,15 @@ class Case:
     """Voxels along the canonical axes (i, j, k)."""
     spacing_mm: tuple[float, ...] = ()
     label_counts: tuple[int, ...] = ()
-    """Voxels of NCR, ED and ET."""
+    """Voxels of each label."""
     box: tuple[int, ...] = ()
     """Foreground box: first and one-past-last voxel of i, j and k."""
     mean: tuple[float, ...] = ()
     """Mean of each modality inside the brain, in the values of its file."""
     deviation: tuple[float, ...] = ()
     """Standard deviation of the same."""
+    label_set: str = ""
+    """What its masks tell apart, as `raybrats.label_set.label_set_of` reads it."""
     fold: int = -1
     status: str = OK
     reason: str = ""
@@ -64,8 +67,13 @@ class Case:
 
     @property
     def written_values(self) -> tuple[int, ...]:
-        """Values of NCR, ED and ET in its predictions: the label file's, else those of 2023."""
-        return self.label_values or EDITIONS["2023"].label_values
+        """Values of the labels in its predictions: the label file's, else 1, 2, ..."""
+        return self.label_values or tuple(range(1, len(self.labels.names) + 1))
+
+    @property
+    def labels(self) -> LabelSet:
+        """What its masks tell apart: glioma where nothing else is known."""
+        return label_set_of(self.label_set)
 
     @property
     def labelled_fraction(self) -> float:
@@ -167,14 +175,14 @@ def prepare_case(case: Case, data: DataConfig) -> Prepared:
         >>> prepare_case(find_cases("phantoms")[0], DataConfig()).image.shape
         (4, 14, 18, 17)
     """
-    how = data.normalisation, data.percentiles
+    how, num_labels = (data.normalisation, data.percentiles), len(case.labels.names)
     if case.box and len(case.image_uris) > 1:  # a 4-D file is not opened in parts
         with suppress(_NoOrientation):
             labels = _open_one(case, None).labels if case.label_uri else None
             volumes = _DeferredVolumes(case, data.modalities)
-            return prepare(volumes, labels, *how, box=case.foreground)
+            return prepare(volumes, labels, *how, box=case.foreground, num_labels=num_labels)
     opened = open_case(case, data.modalities)
-    return prepare(opened.volumes, opened.labels, *how, box=case.foreground)
+    return prepare(opened.volumes, opened.labels, *how, box=case.foreground, num_labels=num_labels)
 
 
 def _open_files(case: Case, modalities: Sequence[str], *, labels: bool = True) -> Opened:
@@ -191,8 +199,7 @@ def _open_files(case: Case, modalities: Sequence[str], *, labels: bool = True) -
         if mask.voxels.ndim != 3:
             shape = mask.voxels.shape
             raise DataError(f"{case.case_id}: its label file is {shape}; expected one 3-D volume")
-        values = case.label_values
-        encoded = labels_from(mask, (values[0], values[1], values[2]), case.case_id)
+        encoded = labels_from(mask, case.label_values, case.case_id)
     return Opened(
         volumes=_volumes(case, modalities, images),
         labels=encoded,

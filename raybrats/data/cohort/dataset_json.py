@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from raybrats import storage
 from raybrats.brats import MODALITIES, Modality
-from raybrats.errors import DataError
+from raybrats.errors import DataError, UsageError
+from raybrats.label_set import GLIOMA, LabelSet, label_set_of
 
 MODALITY_NAMES: Mapping[str, Modality] = {
     **dict.fromkeys(("flair", "t2f"), "flair"),
@@ -15,10 +17,12 @@ MODALITY_NAMES: Mapping[str, Modality] = {
     **dict.fromkeys(("t2", "t2w"), "t2"),
 }
 """The modality that a file name's ending or a channel's name stands for."""
+_GLIOMA = (("NCR", "necro|non-?_? ?enh|ncr|net"), ("ED", "edema|^ed$"), ("ET", "enh|et"))
+"""What the names of glioma's labels hold; the first that fits."""
 
 
-def read(uri: str) -> tuple[tuple[int, ...], tuple[int, int, int]]:
-    """Channel number of each modality, and the values of NCR, ED and ET.
+def read(uri: str) -> tuple[tuple[int, ...], tuple[int, ...], LabelSet]:
+    """Channel number of each modality, the values of the labels, and what they are.
 
     Raises:
         DataError: the file does not name them.
@@ -29,15 +33,18 @@ def read(uri: str) -> tuple[tuple[int, ...], tuple[int, int, int]]:
         >>> labels = {"background": 0, "NCR": 1, "edema": 2, "ET": 3}
         >>> dataset = json.dumps({"channel_names": channels, "labels": labels})
         >>> storage.write_bytes("dataset.json", dataset.encode())
-        >>> read("dataset.json")
-        ((3, 0, 1, 2), (1, 2, 3))
+        >>> order, values, labels = read("dataset.json")
+        >>> order, values, labels.names
+        ((3, 0, 1, 2), (1, 2, 3), ('NCR', 'ED', 'ET'))
     """
     dataset = _read_json(uri)
     channels = dataset.get("channel_names") or dataset.get("modality")
     if not isinstance(channels, dict) or not isinstance(dataset.get("labels"), dict):
         raise DataError(f"{uri}: neither a Decathlon nor an nnU-Net dataset.json")
     try:
-        return _channel_order(uri, channels), _label_values(uri, dataset["labels"])
+        return _channel_order(uri, channels), *labels_of(dataset)
+    except UsageError as error:
+        raise DataError(f"{uri}: its labels cannot be understood ({error})") from None
     except (TypeError, ValueError):
         raise DataError(f"{uri}: its channels and labels are not numbered") from None
 
@@ -64,31 +71,68 @@ def _channel_order(uri: str, channels: dict[str, str]) -> tuple[int, ...]:
     return tuple(numbers[m] for m in MODALITIES)
 
 
-def _label_values(uri: str, labels: dict) -> tuple[int, int, int]:
-    """Values of NCR, ED and ET from {"0": "background", ...}, {"edema": 1, ...} or regions."""
-    pairs = [(v, k) if str(k).isdigit() else (k, v) for k, v in labels.items()]
+def labels_of(dataset: Mapping[str, Any]) -> tuple[tuple[int, ...], LabelSet]:
+    """Values of the labels of a dataset.json, and what they are: glioma's, or any others.
+
+    Labels are numbered by name ({"edema": 1}, nnU-Net) or named by number ({"1": "edema"}, the
+    Decathlon). Under `regions_class_order` they are regions, lists of numbers.
+
+    Raises:
+        UsageError: they do not fit together.
+        TypeError, ValueError: they are not numbered.
+
+    Example:
+        >>> labels = {"background": 0, "organ": [1, 2], "lesion": 2}
+        >>> values, found = labels_of({"labels": labels, "regions_class_order": [1, 2]})
+        >>> values, found.names, found.region_names
+        ((1, 2), ('label 1', 'lesion'), ('organ', 'lesion'))
+    """
+    pairs = [(v, k) if str(k).isdigit() else (k, v) for k, v in dataset["labels"].items()]
+    found = {_plain(name): _numbers(value) for name, value in pairs}
+    parts = {name: values for name, values in found.items() if values != [0]}
+    if "ignore" in parts:
+        raise UsageError("one is to be ignored, which is not supported")
+    values = sorted({value for part in parts.values() for value in part})
+    if not values or not 0 < values[0] <= values[-1] < 256:
+        raise UsageError("expected values of 1 to 255")
+    named = {part[0]: name for name, part in parts.items() if len(part) == 1}
+    if len(named) < sum(len(part) == 1 for part in parts.values()):
+        raise UsageError("two have one number")
+    if glioma := _glioma_values(parts):
+        return glioma, GLIOMA
+    numbered = {value: number for number, value in enumerate(values, 1)}
+    order = dataset.get("regions_class_order")
+    document = {
+        "labels": [named.get(value, f"label {value}") for value in values],
+        "regions": {name: [numbered[v] for v in part] for name, part in parts.items()},
+        "regions_class_order": order and [numbered.get(int(value), 0) for value in order],
+    }
+    return tuple(values), label_set_of(json.dumps(document))
+
+
+def _plain(name: str) -> str:
+    """The name without what no metric's has."""
+    return re.sub(r"[^\w .-]", "_", str(name), flags=re.ASCII).strip()[:40]
+
+
+def _numbers(value: object) -> list[int]:
+    return [int(v) for v in value] if isinstance(value, list | tuple) else [int(str(value))]
+
+
+def _glioma_values(parts: Mapping[str, list[int]]) -> tuple[int, ...]:
+    """Values of NCR, ED and ET, told by their names or as nested regions; empty if they are others.
+
+    A name of two words, as "non-enhancing tumour", is that of the first pattern that fits.
+    """
+    if len(parts) != len(GLIOMA.names):
+        return ()
+    by_size = sorted((set(part) for part in parts.values()), key=len)
+    if [len(part) for part in by_size] == [1, 2, 3]:
+        et, tc, wt = by_size
+        return ((tc - et).pop(), (wt - tc).pop(), et.pop()) if et < tc < wt else ()
     values: dict[str, int] = {}
-    for name, value in pairs:
-        word = str(name).lower()
-        if isinstance(value, list | tuple):
-            continue
-        for key, pattern in (
-            ("NCR", "necro|non-?_? ?enh|ncr|net"),
-            ("ED", "edema|^ed$"),
-            ("ET", "enh|et"),
-        ):
-            if re.search(pattern, word):
-                values[key] = int(value)
-                break
-    regions = sorted((set(v) for _, v in pairs if isinstance(v, list | tuple)), key=len)
-    regions += [
-        {int(v)} for n, v in pairs if not isinstance(v, list | tuple) and "back" not in n.lower()
-    ]
-    regions.sort(key=len)
-    if len(values) != 3 and [len(r) for r in regions] == [1, 2, 3]:
-        et, tc, wt = regions
-        if et < tc < wt:
-            values = {"NCR": (tc - et).pop(), "ED": (wt - tc).pop(), "ET": et.pop()}
-    if len(set(values.values())) != 3 or not all(0 < value < 256 for value in values.values()):
-        raise DataError(f"{uri}: its labels do not name necrosis, oedema and enhancing tumour")
-    return values["NCR"], values["ED"], values["ET"]
+    for name, part in parts.items():
+        fitting = (key for key, pattern in _GLIOMA if re.search(pattern, name, re.IGNORECASE))
+        values[next(fitting, "")] = part[0]
+    single = all(len(part) == 1 for part in parts.values())
+    return tuple(values[n] for n in GLIOMA.names) if single and {*values} == {*GLIOMA.names} else ()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from raybrats import cluster, storage
-from raybrats.brats import EDITIONS, MODALITIES
+from raybrats.brats import EDITIONS, MODALITIES, why_no_labels
 from raybrats.config import NUM_FOLDS
 from raybrats.data.cohort import layout, rows
 from raybrats.data.cohort.case import BAD, INCOMPLETE, OK, UNLABELLED, Case, open_case
@@ -52,6 +52,7 @@ def index(uri: str, out_uri: str | None = None, edition: str | None = None) -> l
             cases.append(case)
             display.show(len(cases), case.case_id)
     cases = mark_copies(sorted(cases, key=lambda case: case.case_id))
+    cases = cases if edition else mark_unproven(cases)
     if all(case.status == BAD for case in cases):
         raise DataError(f"{uri}: no case can be used ({_editions(cases)}): {_first_bad(cases)}")
     if out_uri is not None:
@@ -80,6 +81,35 @@ def mark_copies(cases: Sequence[Case]) -> list[Case]:
             case = replace(case, status=BAD, reason=reason)
         marked.append(case)
     return marked
+
+
+def mark_unproven(cases: Sequence[Case]) -> list[Case]:
+    """The cases; those are bad whose labels are of one of two releases, and nothing shows which.
+
+    A tree is of one release: a value in one of its masks that the other does not have is proof.
+
+    Example:
+        >>> case = Case("a", "a", "PED", "brats", ("a.nii",), "seg.nii", (1, 2, 3, 4))
+        >>> [mark_unproven([replace(case, label_counts=(9, 0, 0, n))])[0].status for n in (0, 7)]
+        ['bad', 'ok']
+    """
+    shown = {case.edition for case in cases if _has_proof(case)}
+    return [
+        replace(case, status=BAD, reason=f"{case.case_id}: {why_no_labels(case.edition)}")
+        if case.label_counts and _needs_proof(case.edition) and case.edition not in shown
+        else case
+        for case in cases
+    ]
+
+
+def _needs_proof(edition: str) -> bool:
+    return edition in EDITIONS and EDITIONS[edition].proof > 0
+
+
+def _has_proof(case: Case) -> bool:
+    if not _needs_proof(case.edition) or not case.label_counts:
+        return False
+    return case.label_counts[case.label_values.index(EDITIONS[case.edition].proof)] > 0
 
 
 def _editions(cases: Sequence[Case]) -> str:
@@ -166,6 +196,7 @@ def case_of(files: layout.Files) -> Case:
         image_uris=files.image_uris,
         label_uri=files.label_uri,
         label_values=files.label_values,
+        label_set=files.label_set,
     )
     if files.problem:
         return replace(case, status=BAD, reason=files.problem)
@@ -207,7 +238,8 @@ def verify_case(case: Case) -> Case:
         return case
     try:
         opened = open_case(case)
-        prepared = prepare(opened.volumes, opened.labels)
+        num_labels = len(case.labels.names)
+        prepared = prepare(opened.volumes, opened.labels, num_labels=num_labels)
         inside = (prepared.image != prepared.scaling.background[:, None, None, None]).any(axis=0)
         if not inside.any():
             raise DataError(f"{case.case_id}: every voxel is background; is the volume empty?")
@@ -215,7 +247,8 @@ def verify_case(case: Case) -> Case:
         return replace(case, status=BAD, reason=str(error))
     counts: tuple[int, ...] = ()
     if opened.labels is not None:
-        counts = tuple(np.bincount(opened.labels.ravel(order="K"), minlength=4)[1:].tolist())
+        found = np.bincount(opened.labels.ravel(order="K"), minlength=1 + num_labels)
+        counts = tuple(found[1:].tolist())
     brains = [volume[prepared.box][inside] for volume in opened.volumes]
     reason = _why_incomplete(case, brains)
     sound = UNLABELLED if case.label_uri is None else OK

@@ -17,15 +17,18 @@ from pathlib import Path
 from urllib.parse import quote
 
 from raybrats import storage
-from raybrats.brats import MODALITIES, edition_of, label_values
+from raybrats.brats import MODALITIES, edition_of, label_set_name, label_values
 from raybrats.data.cohort import dataset_json
 from raybrats.data.cohort.dataset_json import MODALITY_NAMES
 from raybrats.data.cohort.rows import CONTROL, MAX_ID_BYTES, is_name
 from raybrats.data.cohort.source import img_uri
 from raybrats.errors import DataError
+from raybrats.label_set import as_text
 
 _VOLUME = re.compile(r"\.(nii|hdr)(\.gz)?$", re.IGNORECASE)
-_PART = re.compile(rf"^(.+)([_-])({'|'.join(MODALITY_NAMES)}|seg)$", re.IGNORECASE | re.DOTALL)
+_MASK = "seg|gtv"
+"""How the names of label files end."""
+_PART = re.compile(rf"^(.+)([_-])({'|'.join(MODALITY_NAMES)}|{_MASK})$", re.IGNORECASE | re.DOTALL)
 _CHANNEL = re.compile(r"_\d{4}$")
 _CASE_355_LABELS = re.compile(r"segm?$", re.IGNORECASE)
 """BraTS20_Training_355's label file is named W39_1998.09.19_Segm.nii."""
@@ -42,7 +45,9 @@ class Files:
     """One per modality in the order of `MODALITIES`, empty for a missing one; or one 4-D file."""
     label_uri: str | None
     label_values: tuple[int, ...]
-    """Values of NCR, ED and ET in the label file; empty where the edition's are not known."""
+    """Values of its labels in the label file; empty where the edition's are not known."""
+    label_set: str = ""
+    """What its masks tell apart, as in a cohort."""
     problem: str = ""
     """What the names alone show to be wrong, apart from missing modalities."""
 
@@ -116,7 +121,7 @@ def is_modality(uri: str) -> bool:
         (True, False)
     """
     match = _PART.match(stem(uri))
-    return match is not None and match[3].lower() != "seg"
+    return match is not None and not re.fullmatch(_MASK, match[3], re.IGNORECASE)
 
 
 def is_reference(uri: str) -> bool:
@@ -127,7 +132,7 @@ def is_reference(uri: str) -> bool:
         (True, False)
     """
     match = _PART.match(stem(uri))
-    return match is not None and match[3].lower() == "seg"
+    return match is not None and bool(re.fullmatch(_MASK, match[3], re.IGNORECASE))
 
 
 def case_id_of(label_uri: str) -> str:
@@ -137,7 +142,7 @@ def case_id_of(label_uri: str) -> str:
         >>> case_id_of("BraTS2021_00000_seg.nii.gz"), case_id_of("predictions/BraTS2021_00000.nii")
         ('BraTS2021_00000', 'BraTS2021_00000')
     """
-    return re.sub(r"[_-](seg|pred|prediction)$", "", stem(label_uri), flags=re.IGNORECASE)
+    return re.sub(rf"[_-]({_MASK}|pred|prediction)$", "", stem(label_uri), flags=re.IGNORECASE)
 
 
 def _links_out(name: str, root: str) -> bool:
@@ -196,7 +201,7 @@ def _folder_cases(volumes: list[str], edition: str | None) -> Iterator[Files]:
     for uri in volumes:
         folder, match = uri.rpartition("/")[0], _PART.match(stem(uri))
         if match:
-            part = match[3].lower()
+            part = re.sub(f"^({_MASK})$", "seg", match[3].lower())
             parts = groups.setdefault((folder, match[1]), {})
             parts.setdefault(MODALITY_NAMES.get(part, part), []).append(uri)
         elif _CASE_355_LABELS.search(stem(uri)):
@@ -218,6 +223,7 @@ def _folder_case(case_id: str, parts: dict[str, list[str]], edition: str) -> Fil
         image_uris=_in_order(parts),
         label_uri=parts.get("seg", [None])[0],
         label_values=label_values(edition),
+        label_set=label_set_name(edition),
         problem=_duplicates(parts),
     )
 
@@ -237,7 +243,7 @@ def _duplicates(parts: Mapping[str, list[str]]) -> str:
 
 def _dataset_cases(uri: str, inside: list[str]) -> Iterator[Files]:
     """Cases of a folder with dataset.json: nnU-Net raw if channels are numbered, else MSD."""
-    order, values = dataset_json.read(uri)
+    order, values, labels_known = dataset_json.read(uri)
     root = uri.rpartition("/")[0]
     labels: dict[str, list[str]] = {}
     for name in inside:
@@ -256,7 +262,8 @@ def _dataset_cases(uri: str, inside: list[str]) -> Iterator[Files]:
         masks = labels.get(case_id, [])
         if len(masks) > 1:
             problem = _duplicates({"seg": masks})
-        yield Files(case_id, kind, kind, uris, masks[0] if masks else None, values, problem)
+        mask = masks[0] if masks else None
+        yield Files(case_id, kind, kind, uris, mask, values, as_text(labels_known), problem)
 
 
 def _nnunet_cases(

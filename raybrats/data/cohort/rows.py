@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from raybrats import storage
 from raybrats.data.cohort.case import Case, from_row
-from raybrats.errors import DataError
+from raybrats.errors import DataError, UsageError
 from raybrats.filesystem import is_remote, problem_of
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no path of a row has: control characters, and bytes that are no UTF-8."""
-MAX_ROWS, MAX_VALUES = 1_000_000, 16
-"""Cases that a cohort has at most, and values of one of their lists (a box has six)."""
+MAX_ROWS, MAX_VALUES = 1_000_000, 64
+"""Cases that a cohort has at most, and values of one of their lists (a set has 64 labels)."""
 MAX_ID_BYTES = 200
 """A file name has 255 at most, of which its ending and a write's own take some."""
 _NOT_A_NAME = re.compile(rf"[/\\]|{CONTROL.pattern}|^\.|^$")
@@ -74,7 +74,12 @@ def read_cohort(uri: str) -> list[Case]:
         # interpreter ends would abort the process (1 of 85 times).
         file = pq.ParquetFile(pa.BufferReader(data))
         _check_size(file.metadata, uri)
-        found = file.read(use_threads=False).select(_schema().names).cast(_schema())
+        found = file.read(use_threads=False)
+        if "label_set" not in found.schema.names:  # written when there was one only
+            found = found.append_column(
+                "label_set", pa.nulls(len(found), pa.string()).fill_null("")
+            )
+        found = found.select(_schema().names).cast(_schema())
         cases = [from_row(row) for row in found.to_pylist()]
     except (pa.ArrowException, KeyError, OSError, ValueError, TypeError) as error:
         # not in its own words, which hold what the file holds
@@ -133,13 +138,25 @@ def _problem_of_files(case: Case) -> str:
         place = uri.startswith("/") or is_remote(uri)
         if not place or problem_of(uri) or CONTROL.search(uri):
             return f"case {case.case_id} names {uri[:100]!r}, no absolute path or s3:// URI"
-    if len(case.label_values) not in (0, 3) or not all(0 < v < 256 for v in case.label_values):
-        return f"case {case.case_id} has label values {case.label_values}"
+    if problem := _problem_of_labels(case):
+        return f"case {case.case_id} has {problem}"
     if not _within(case.box, case.shape):
         return f"case {case.case_id} has box {case.box} in a shape of {case.shape}"
     if any(0 < len(facts) < num_files for facts in (case.sizes, case.digests)):
         return f"case {case.case_id} has fewer sizes or digests than files"
     return ""
+
+
+def _problem_of_labels(case: Case) -> str:
+    """What is wrong with the labels that a case is said to have; empty if nothing."""
+    values, counts = case.label_values, case.label_counts
+    try:
+        num_labels = len(case.labels.names)
+    except UsageError as error:
+        return str(error)
+    if len(values) not in (0, num_labels) or not all(0 < value < 256 for value in values):
+        return f"label values {values}"
+    return f"label counts {counts}" if len(counts) not in (0, num_labels) else ""
 
 
 def _within(box: Sequence[int], shape: Sequence[int]) -> bool:

@@ -9,6 +9,7 @@ from raybrats.brats import MODALITIES
 from raybrats.config import TrainConfig
 from raybrats.data.cohort.case import BAD, INCOMPLETE, OK, UNLABELLED, Case
 from raybrats.errors import DataError
+from raybrats.label_set import LabelSet, as_text
 
 _LOG = logging.getLogger(__name__)
 _HANDED_OUT = re.compile(r"imagests/|validation", re.IGNORECASE)
@@ -50,6 +51,40 @@ def usable(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:
                 f"{subjects} subjects; choose another fold, or -1 for all cases on both sides"
             )
     return good
+
+
+def with_labels(config: TrainConfig, cases: Sequence[Case]) -> TrainConfig:
+    """The run with the label set of its cases, where it names none.
+
+    Raises:
+        DataError: the cases have several, or another one than the run names.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> case = Case("a", "a", "MEN-RT", "brats", (), "gtv", (1,), label_set="gtv")
+        >>> with_labels(tiny(), [case]).labels.names
+        ('GTV',)
+    """
+    first: dict[LabelSet, Case] = {}
+    for case in cases:
+        first.setdefault(case.labels, case)
+    if config.data.labels:
+        strange = [case for labels, case in first.items() if labels != config.labels]
+        named = f"data.labels has {', '.join(config.labels.names)}"
+    else:
+        strange = list(first.values())[1:]
+        named = ", ".join(f"{each.case_id} has {_names(each)}" for each in [*first.values()][:1])
+    if strange:
+        raise DataError(
+            f"{config.data.cohort}: {named}, but {strange[0].case_id} {_names(strange[0])}; train "
+            "on cases of one label set"
+        )
+    chosen = as_text(next(iter(first), config.labels))
+    return replace(config, data=replace(config.data, labels=chosen))
+
+
+def _names(case: Case) -> str:
+    return ", ".join(case.labels.names)
 
 
 def _labelled_enough(config: TrainConfig, cases: Sequence[Case]) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Label file -> labels: 0, NCR, ED and ET, whatever values its edition has for them."""
+"""Label file -> labels 0, 1, 2, ... of its set, whatever values its edition has for them."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ from raybrats.data.nifti.volume import Volume
 from raybrats.errors import DataError
 
 
-def labels_from(volume: Volume, values: tuple[int, int, int], name: str) -> np.ndarray:
-    """Labels 0, NCR, ED, ET (uint8, canonical) of a label file with these values for them.
+def labels_from(volume: Volume, values: tuple[int, ...], name: str) -> np.ndarray:
+    """Labels 0, 1, 2, ... (uint8, canonical) of a label file with these values for 1, 2, ...
 
     Raises:
         DataError: a voxel is not a whole number or not one of the values.

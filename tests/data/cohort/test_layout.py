@@ -17,6 +17,7 @@ from raybrats.data.cohort.layout import (
     stem,
 )
 from raybrats.errors import DataError, MissingObjectError
+from raybrats.label_set import GLIOMA, label_set_of
 from raybrats.phantom.phantom import make_phantom, write_phantoms
 
 SHAPE = (24, 24, 20)
@@ -56,11 +57,12 @@ def test_the_cases_of_an_edition_are_found(trees: Path, edition: str):
         assert files.edition == edition
         assert files.layout == ("msd" if edition == "msd" else "brats")
         assert files.label_values == EDITIONS[edition].label_values
+        assert files.label_set == EDITIONS[edition].label_set
         assert files.problem == ""
         assert Path(files.label_uri).is_file()
-        assert all(Path(uri).is_file() for uri in files.image_uris)
+        assert all(Path(uri).is_file() for uri in filter(None, files.image_uris))
         if edition != "msd":
-            ends = [stem(uri)[len(files.case_id) + 1 :] for uri in files.image_uris]
+            ends = [stem(uri)[len(files.case_id) + 1 :] if uri else "" for uri in files.image_uris]
             assert tuple(ends) == EDITIONS[edition].suffixes
 
 
@@ -190,7 +192,6 @@ REGIONS = {
         ({"background": 0, "edema": 1, "non-enhancing tumor": 2, "enhancing tumour": 3}, (2, 1, 3)),
         ({"background": 0, "NCR": 1, "ED": 2, "ET": 4}, (1, 2, 4)),
         ({"0": "background", "1": "necrotic core", "2": "Oedema", "3": "enhancing"}, (1, 2, 3)),
-        ({"Background": 0, "NETC": 1, "peritumoral edema": 2, "ET": 3, "cavity": 4}, (1, 2, 3)),
     ],
 )
 def test_nnunets_channels_and_labels_go_by_name(tmp_path: Path, labels: dict, values: tuple):
@@ -200,6 +201,40 @@ def test_nnunets_channels_and_labels_go_by_name(tmp_path: Path, labels: dict, va
     assert names(first) == [f"BRATS_000_000{n}.nii.gz" for n in (3, 0, 1, 2)]
     assert first.label_uri.endswith("labelsTr/BRATS_000.nii.gz")
     assert (first.layout, first.label_values, first.problem) == ("nnunet", values, "")
+    assert label_set_of(first.label_set) == GLIOMA
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "values", "names", "regions"),
+    [
+        (
+            {"Background": 0, "NETC": 1, "peritumoral edema": 2, "ET": 3, "cavity": 4},
+            None,
+            (1, 2, 3, 4),
+            ("NETC", "peritumoral edema", "ET", "cavity"),
+            {"NETC": (1,), "peritumoral edema": (2,), "ET": (3,), "cavity": (4,)},
+        ),
+        (
+            {"background": 0, "whole": [1, 2, 5], "core (all)": [1, 2], "ET": 5},
+            [1, 2, 5],
+            (1, 2, 5),
+            ("label 1", "label 2", "ET"),
+            {"whole": (1, 2, 3), "core _all_": (1, 2), "ET": (3,)},
+        ),
+        ({"background": 0, "tumour": 1}, None, (1,), ("tumour",), {"tumour": (1,)}),
+    ],
+)
+def test_any_other_labels_of_nnunet_are_a_set_of_their_own(
+    tmp_path, labels, order, values, names, regions
+):
+    more = {"regions_class_order": order} if order else {}
+    write_nnunet(tmp_path, ["T1", "T1ce", "T2", "Flair"], labels, **more)
+    first = find_files(str(tmp_path))[0]
+    known = label_set_of(first.label_set)
+    assert (first.label_values, known.names) == (values, names)
+    assert {region.name: region.labels for region in known.regions} == regions
+    painted = [values.index(value) + 1 for value in order or values]
+    assert [region.painted for region in known.regions] == painted
 
 
 def test_nnunets_volumes_come_in_the_order_of_the_modalities(tmp_path: Path):
@@ -254,12 +289,15 @@ def test_a_dataset_json_that_cannot_be_used_is_named(tmp_path: Path, text: str, 
 @pytest.mark.parametrize(
     "labels",
     [
-        {"background": 0, "tumour": 1},
         {"background": 0, "NCR": 1, "ED": 1, "ET": 3},
         {"background": 0, "whole": [1, 2, 3], "core": [4, 3], "ET": [5]},
         {"background": 0, "edema": "one", "necrosis": 2, "enhancing": 3},
         {"background": 0, "edema": None},
         {"background": 0, "whole": [[1]]},
+        {"background": 0, "tumour": 1, "ignore": 2},
+        {"background": 0, "mean": 1},
+        {"background": 0},
+        {"background": 0, "tumour": 256},
     ],
 )
 def test_labels_that_name_no_tumour_parts_are_refused(tmp_path: Path, labels: dict):
