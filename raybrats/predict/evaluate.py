@@ -11,8 +11,9 @@ from raybrats.brats import EDITIONS, edition_of, label_set_name, label_values, w
 from raybrats.data.cohort import index, layout, rows
 from raybrats.data.nifti.labels import labels_from
 from raybrats.data.nifti.volume import canonical_spacing, decode, on_one_grid
-from raybrats.errors import DataError
+from raybrats.errors import DataError, MissingObjectError
 from raybrats.label_set import label_set_of
+from raybrats.predict import origin
 from raybrats.progress import Display
 from raybrats.table import table
 
@@ -173,6 +174,9 @@ def _like(file: LabelFile, partner: LabelFile) -> LabelFile:
     """The file with its own labels, else its partner's, else those of its id's edition."""
     if file.values or not partner.values:
         return _with_own(file)
+    known = label_set_of(file.label_set or partner.label_set)
+    if known != label_set_of(partner.label_set):  # as `predict` has written them then
+        return replace(file, values=tuple(range(1, len(known.names) + 1)))
     return replace(file, values=partner.values, label_set=partner.label_set)
 
 
@@ -231,13 +235,21 @@ def _plain_files(uri: str, edition: str | None, kind: str) -> dict[str, LabelFil
     if 0 < len(marked) < len(labels):
         labels = marked if kind == "references" else [u for u in labels if u not in set(marked)]
     found: dict[str, LabelFile] = {}
-    told = _told_by(edition) or ((), "")
+    told = _told_by(edition) or ((), _recorded(uri) if kind == "predictions" else "")
     for file in (LabelFile(layout.case_id_of(u), u, *told) for u in labels):
         if file.case_id in found:
             two = f"{found[file.case_id].uri} and {file.uri}"
             raise DataError(f"{two} are both of case {file.case_id}; leave one")
         found[file.case_id] = file
     return found
+
+
+def _recorded(uri: str) -> str:
+    """The label set of the model whose predictions lie there; empty where nothing says it."""
+    try:
+        return origin.read(uri).labels
+    except MissingObjectError:
+        return ""
 
 
 def _told_by(edition: str | None) -> tuple[LabelValues, str] | None:

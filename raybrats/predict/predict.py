@@ -1,10 +1,7 @@
 """A registered model over a cohort -> label NIfTIs in each case's own grid and label values."""
 
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +13,14 @@ from raybrats import cluster, errors, storage
 from raybrats.data.cohort import index
 from raybrats.data.cohort.case import BAD, Case
 from raybrats.data.nifti.volume import encode_labels
-from raybrats.errors import DataError, MissingObjectError, RaybratsError, UsageError
+from raybrats.errors import DataError, RaybratsError
+from raybrats.label_set import as_text
+from raybrats.predict import origin
 from raybrats.predict.patient import open_case_for
 from raybrats.progress import Display
 from raybrats.registry import load, tracking
 from raybrats.registry.tracking import Run
 from raybrats.table import table
-
-RECORD = "predictions.json"
-"""Name of the file beside the predictions that says which model made them."""
-_VERSION = r"models:/[^/@]+/\d+"
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,8 @@ def predict(
     if not cases:
         raise DataError(f"{cohort_uri}: no case in fold {fold}")
     there = {storage.name(uri) for uri in storage.list_objects(out_uri)}
-    _record_model(out_uri, model, sorted(there & {file_name(c) for c in cases}))
+    known = origin.Origin(model, as_text(load.label_set(model, tracking_uri)))
+    origin.record(out_uri, known, sorted(there & {file_name(c) for c in cases}))
     bad = [{"case_id": c.case_id, "reason": c.reason} for c in cases if c.status == BAD]
     good = [c for c in cases if c.status != BAD]
     todo = [c for c in good if file_name(c) not in there]
@@ -123,49 +119,6 @@ def file_name(case: Case) -> str:
         'BraTS2021_00000.nii.gz'
     """
     return f"{case.case_id}.nii.gz"
-
-
-def _record_model(out_uri: str, model: str, there: Sequence[str]) -> None:
-    """Records the model beside its predictions, so that two models never mix in one folder.
-
-    Raises:
-        UsageError: the folder holds predictions of another model, or of nobody knows which.
-        DataError: it does not say of which.
-    """
-    record = storage.join(out_uri, RECORD)
-    try:
-        before = recorded_model(out_uri)
-    except MissingObjectError:
-        if there:
-            words = f"{there[0]} and no {RECORD} that says whose it is; choose another --out"
-            raise UsageError(f"{out_uri} holds {words}") from None
-        storage.write_bytes(record, json.dumps({"model": model}).encode())
-        return
-    if before != model:
-        raise UsageError(f"{out_uri} holds predictions of {before}; choose another --out")
-
-
-def recorded_model(out_uri: str) -> str:
-    """The model that wrote a folder of predictions, as `predict` records it.
-
-    Raises:
-        MissingObjectError: there is no record.
-        DataError: it is damaged.
-
-    Example:
-        >>> storage.write_bytes("segmented/predictions.json", b'{"model": "models:/raybrats/3"}')
-        >>> recorded_model("segmented")
-        'models:/raybrats/3'
-    """
-    record = storage.join(out_uri, RECORD)
-    data = storage.read_bytes(record)
-    with suppress(ValueError, LookupError, TypeError, RecursionError):
-        model = json.loads(data)["model"]
-        if re.fullmatch(_VERSION, model):
-            return model
-    raise DataError(
-        f"{record} is damaged: whose predictions they are is lost; choose another --out"
-    )
 
 
 def _segment_all(
@@ -207,21 +160,19 @@ def _error(kind: str, words: str) -> RaybratsError:
 def segment_case(case: Case, model: load.Model, out_uri: str) -> None:
     """Writes the prediction of one case of a cohort, in its own grid and label values.
 
+    Where its masks tell other things apart than the model, values are the model's: 1, 2, ...
+
     Raises:
-        DataError: the case is damaged, has other labels than the model, or lacks modalities and
-            the model was trained with all.
+        DataError: the case is damaged, or lacks modalities and the model was trained with all.
         StorageError: one of its files, or the folder, is out of reach.
 
     Example:
         >>> model = load.load("models:/raybrats/3", "http://mlflow:5000")  # doctest: +SKIP
         >>> segment_case(index.find_cases("BraTS2021")[0], model, "out")  # doctest: +SKIP
     """
-    if case.label_set and case.labels != model.label_set:
-        ours, theirs = (", ".join(known.names) for known in (model.label_set, case.labels))
-        words = f"the model tells apart {ours}, its masks {theirs}"
-        raise DataError(f"{case.case_id}: {words}; take another model, or `raybrats segment`")
     raw = open_case_for(model, case)
-    values = case.label_values or range(1, len(model.label_set.names) + 1)
+    ours = range(1, len(model.label_set.names) + 1)
+    values = case.written_values if case.labels == model.label_set else ours
     written = np.array([0, *values], np.uint8)
     uri = storage.join(out_uri, file_name(case))
     storage.write_bytes(uri, encode_labels(written[model.predict(raw.image)], raw.grid))

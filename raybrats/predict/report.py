@@ -11,9 +11,12 @@ from raybrats.data.cohort.case import BAD, Case, open_case
 from raybrats.data.nifti.labels import labels_from
 from raybrats.data.nifti.volume import canonical_spacing, decode
 from raybrats.errors import DataError, MissingObjectError
+from raybrats.label_set import LabelSet, label_set_of
+from raybrats.predict import origin
 from raybrats.predict.evaluate import Evaluation, evaluate
+from raybrats.predict.origin import Origin
 from raybrats.predict.page import Overlay, Report, render
-from raybrats.predict.predict import file_name, recorded_model
+from raybrats.predict.predict import file_name
 from raybrats.registry import load, tracking
 from raybrats.registry.tracking import Run
 
@@ -52,14 +55,16 @@ def write_report(
     cohort_uri = storage.absolute(cohort_uri)
     storage.check_file(out_uri)
     tracking_uri = tracking_uri or tracking.default_uri()
-    model = _recorded_model(predictions)
+    found = _origin(predictions)
+    model, known = found.model, label_set_of(found.labels)
     shown = Run(tracking_uri, run or load.run_id_of(model, tracking_uri))
     there = {storage.name(uri) for uri in storage.list_objects(predictions)}
     cases = index.load(cohort_uri, verify=False)
     cases = [c for c in cases if c.status != BAD and file_name(c) in there]
     if not cases:
         raise DataError(f"{predictions}: no prediction of a case of {cohort_uri}")
-    if evaluation is None and any(c.label_uri and c.label_values for c in cases):
+    comparable = [c for c in cases if c.label_uri and c.label_values and c.labels == known]
+    if evaluation is None and comparable:
         evaluation = evaluate(predictions, cohort_uri, skip_unknown=True)
     rows = evaluation.rows if evaluation else ()
     page = Report(
@@ -67,20 +72,20 @@ def write_report(
         facts=_facts(model, shown, _counted(cases, evaluation)),
         curves=tracking.curves(shown),
         scores=rows,
-        overlays=[_overlay(case, predictions) for case in _spread(cases, rows)],
+        overlays=[_overlay(case, predictions, known) for case in _spread(cases, rows)],
     )
     storage.write_bytes(out_uri, render(page).encode())
     return out_uri
 
 
-def _recorded_model(predictions: str) -> str:
-    """Model that wrote a folder of predictions, as `predict` records it.
+def _origin(predictions: str) -> Origin:
+    """The model that wrote a folder of predictions, as `predict` records it.
 
     Raises:
         DataError: the folder has no such record.
     """
     try:
-        return recorded_model(predictions)
+        return origin.read(predictions)
     except MissingObjectError:
         raise DataError(f"{predictions}: not a folder that `raybrats predict` wrote") from None
 
@@ -118,9 +123,11 @@ def _spread(cases: Sequence[Case], rows: Sequence[Mapping[str, object]]) -> list
     return [ranked[n] for n in np.linspace(0, len(ranked) - 1, count).round().astype(int)]
 
 
-def _overlay(case: Case, predictions: str) -> Overlay:
-    """Images, prediction and, where there are any, reference labels of a case."""
-    opened = open_case(case, labels=bool(case.label_values))
+def _overlay(case: Case, predictions: str, known: LabelSet) -> Overlay:
+    """Images, prediction and, where there are such, reference labels of a case."""
+    alike = case.labels == known
+    opened = open_case(case, labels=alike and bool(case.label_values))
+    values = case.written_values if alike else tuple(range(1, len(known.names) + 1))
     name = file_name(case)
     volume = decode(storage.read_bytes(storage.join(predictions, name)), name)
     return Overlay(
@@ -129,6 +136,6 @@ def _overlay(case: Case, predictions: str) -> Overlay:
         t1ce=opened.volumes[MODALITIES.index("t1ce")],
         spacing_mm=canonical_spacing(opened.grid),
         reference=opened.labels,
-        prediction=labels_from(volume, case.written_values, name),
-        label_set=case.labels,
+        prediction=labels_from(volume, values, name),
+        label_set=known,
     )

@@ -109,6 +109,32 @@ def read(uri: str, tracking_uri: str) -> Trained:
     return _read_checkpoint(uri) if is_checkpoint else _read_run(uri)
 
 
+def label_set(name: str, tracking_uri: str) -> LabelSet:
+    """What a registered model tells apart, by its configuration alone.
+
+    Args:
+        name: `models:/name/version`.
+        tracking_uri: MLflow server.
+
+    Raises:
+        TrackingError: the server is out of reach.
+        CheckpointError: the configuration is damaged.
+
+    Example:
+        >>> label_set("models:/raybrats/3", "http://mlflow:5000").names  # doctest: +SKIP
+        ('NCR', 'ED', 'ET')
+    """
+    return _config(name, tracking_uri).labels
+
+
+def _config(name: str, tracking_uri: str) -> TrainConfig:
+    try:
+        return from_json(_file(name, CONFIG, tracking_uri, _MOST_CONFIG))
+    except ValueError:
+        words = "its configuration is damaged, or of another version of raybrats"
+        raise CheckpointError(f"{name}: {words}; take another version") from None
+
+
 def _read_version(model_uri: str, tracking_uri: str) -> Trained:
     """A registered model, which is data here: code and pickles that a version may hold stay there.
 
@@ -124,11 +150,7 @@ def _read_version(model_uri: str, tracking_uri: str) -> Trained:
     from raybrats.model.network import num_bytes
     from raybrats.train import parts
 
-    try:
-        config = from_json(_file(name, CONFIG, tracking_uri, _MOST_CONFIG))
-    except ValueError:
-        words = "its configuration is damaged, or of another version of raybrats"
-        raise CheckpointError(f"{name}: {words}; take another version") from None
+    config = _config(name, tracking_uri)
     weights = _file(name, WEIGHTS, tracking_uri, num_bytes(config) + _MOST_HEADER)
     if hashlib.sha256(weights).hexdigest() != tags["weights_sha256"]:
         raise CheckpointError(

@@ -124,6 +124,7 @@ IDS = {
     "long": ["BraTS-GLI-00001-000" + "x" * 200],
     "markup": ["BraTS-GLI-00001-[red]000:skull:", "BraTS-GLI-00002-000"],
     "mixed": ["BraTS-GLI-00001-000", "BraTS-PED-00002-000"],
+    "two_sets": ["BraTS-GLI-00001-000", "BraTS-MET-00002-000"],
 }
 """Trees of cases of 2023 under other ids."""
 FILES: Mapping[str, Callable[[Path], object]] = {
@@ -261,7 +262,8 @@ def spoil_registry(root: Path, uri: str) -> None:
             client.set_model_version_tag(name, made.version, key, value)
         (weights,) = copy.rglob("weights.safetensors")
         if name == "changed":
-            weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+            data = weights.read_bytes()
+            weights.write_bytes(data[:-1] + bytes((data[-1] ^ 1,)))
         elif name == "no_file":
             weights.unlink()
         elif name == "pickled":

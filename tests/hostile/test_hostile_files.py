@@ -13,7 +13,7 @@ import torch
 from raybrats import storage
 from raybrats.config import TrainConfig, to_json
 from raybrats.errors import CheckpointError, DataError
-from raybrats.predict.predict import recorded_model
+from raybrats.predict import origin
 from raybrats.registry import spool
 from raybrats.registry.spool import Row
 from raybrats.runs import lease, record
@@ -125,7 +125,7 @@ def test_a_metric_that_mlflow_refuses_does_not_keep_the_others(change, tmp_path,
 def test_a_damaged_record_of_predictions_is_a_data_error_in_one_line(data, tmp_path):
     (tmp_path / "predictions.json").write_bytes(data)
     with pytest.raises(DataError, match=r"predictions\.json is damaged.*choose another") as said:
-        recorded_model(str(tmp_path))
+        origin.read(str(tmp_path))
     one_line(said)
 
 
