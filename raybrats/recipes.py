@@ -241,12 +241,32 @@ def any_modality() -> TrainConfig:
     return replace(plain, recipe="any-modality", augment=dropped)
 
 
+def post_op() -> TrainConfig:
+    """`nnunet` for glioma after surgery: softmax over labels, the resection cavity among them.
+
+    Source: nnU-Net's own converter of the sets of 2024, which has labels and no regions.
+
+    One patch: 31,198,996 parameters, 2,883 GFLOP, 3.85 GB.
+
+    Example:
+        >>> post_op().labels.names, post_op().loss.target
+        (('NETC', 'SNFH', 'ET', 'RC'), 'labels')
+    """
+    plain = nnunet()
+    return replace(
+        plain,
+        recipe="post-op",
+        data=replace(plain.data, labels="treated"),
+        loss=replace(plain.loss, target="labels"),
+    )
+
+
 RECIPES: MappingProxyType[str, Callable[[], TrainConfig]] = MappingProxyType(
     {
         make.__name__.replace("_", "-"): make
         for make in (
             *(tiny, residual, full_volume, crop128, three_modality, slices, regions128),
-            *(nnunet, nnunet_residual, any_modality),
+            *(nnunet, nnunet_residual, any_modality, post_op),
         )
     }
 )
