@@ -178,7 +178,8 @@ def fitting(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """What the network of a run can begin with of another run's weights, and what it has anew.
 
-    Only heads are new: those for other outputs, or at other resolutions.
+    Only heads are new: those for other labels or regions, or at other resolutions. They are told
+    by their shapes, which are others for one output more.
 
     Raises:
         UsageError: the other run has another network, or lacks a modality.
@@ -190,15 +191,21 @@ def fitting(
         >>> len(kept) == len(weights), new
         (True, [])
     """
+    modalities, outputs = len(config.data.modalities), num_outputs(config)
     with torch.device("meta"):
-        wanted = weights_of(network_of(config))
-    source = dict(weights)
+        wanted, more = (
+            weights_of(build(config.network, modalities, config.spatial_dims, number))
+            for number in (outputs, outputs + 1)
+        )
+    outer = {name for name in wanted if wanted[name].shape != more[name].shape}
+    alike = (config.labels, config.loss.target) == (theirs.labels, theirs.loss.target)
+    source = {name: tensor for name, tensor in weights.items() if alike or name not in outer}
     if config.data.modalities != theirs.data.modalities:
         first = next(iter(wanted))  # the first layer is the one that sees the image
         source[first] = source[first][:, _channels(config, theirs)].contiguous()
     kept = {n: t for n, t in source.items() if n in wanted and wanted[n].shape == t.shape}
     new = [name for name in wanted if name not in kept]
-    others = [name for name in new if wanted[name].shape[:1] != (num_outputs(config),)]
+    others = [name for name in new if name not in outer]
     if others or not kept:
         raise UsageError(f"network.init_from has another network: {[*others, *new][0]} differs")
     return kept, new

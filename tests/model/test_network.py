@@ -166,6 +166,19 @@ def test_a_run_begins_with_the_modalities_and_layers_that_it_shares(name):
     assert all(torch.equal(kept[n], weights[n]) for n in kept if n != first)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_heads_for_other_labels_are_new_though_their_number_is_the_same(name):
+    theirs = replace(run(heads=0), network=NETWORKS[name])
+    weights = weights_of(network_of(theirs))
+    assert fitting(theirs, theirs, weights) == (weights, [])
+    three = '{"labels": ["a", "b", "c"]}'
+    ours = replace(theirs, data=replace(theirs.data, labels=three))
+    kept, new = fitting(ours, theirs, weights)
+    assert kept.keys() | new == weights.keys()
+    assert 1 <= len(new) <= 2 * (1 + theirs.network.deep_supervision)
+    assert {weights[tensor].shape[0] for tensor in new} == {3}
+
+
 def test_a_learner_begins_with_what_there_is_and_its_average_too():
     config = replace(run(), optim=OptimConfig(ema_decay=0.9))
     learner = new_learner(config, torch.device("cpu"))
