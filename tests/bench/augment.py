@@ -1,9 +1,11 @@
 """Milliseconds a batch of normalisation and of each change, beside a copy and a training step.
 
     python tests/bench/augment.py [--device cuda] [--edge 128] [--rounds 20] [--no-step] [--json]
+        [--mixes-only]
 
-Each change is forced on for every patch (blur and low resolution for their fraction of the
-modalities); "default mix" is the mean over the draws of `AugmentConfig()`. Rounds are interleaved.
+Each change is forced on for every patch (those of a fraction of the modalities for that); a mix is
+the mean over the draws of a recipe, of which some cost much more than most, so it takes many rounds
+(`--mixes-only`). Rounds are interleaved.
 Needs torch and numpy; neither MONAI, Ray nor MLflow.
 """
 
@@ -23,9 +25,10 @@ from raybrats.data.batch import Batch, collate, normalise
 from raybrats.data.patch import to_row
 from raybrats.data.prepare import prepare
 from raybrats.phantom.phantom import make_phantom
-from raybrats.recipes import nnunet
+from raybrats.recipes import domain_shift, nnunet
 
-COPY, MIX, STEP = "copy of the float32 batch", "default mix (mean)", "nnunet step"
+COPY, STEP = "copy of the float32 batch", "nnunet step"
+MIXES = {f"{made.recipe}'s mix (mean)": made.augment for made in (nnunet(), domain_shift())}
 
 
 def phantom_batch(size: int, edge: int) -> Batch:
@@ -38,7 +41,7 @@ def phantom_batch(size: int, edge: int) -> Batch:
     return collate(rows)
 
 
-def peers(batch: Batch, *, with_step: bool) -> dict[str, Callable[[int], object]]:
+def peers(batch: Batch, *, with_step: bool, with_each: bool) -> dict[str, Callable[[int], object]]:
     """What is timed, each called with the number of the round."""
     image, brain = normalise(batch.image, batch.scaling)
     samples, size = (image, batch.labels, brain), len(image)
@@ -52,8 +55,9 @@ def peers(batch: Batch, *, with_step: bool) -> dict[str, Callable[[int], object]
         "normalise": lambda _: normalise(batch.image, batch.scaling),
         "nothing switched on": changes(never),
     }
-    table |= {name: changes(replace(never, **{name: 1.0})) for name in AugmentConfig.CHANGES}
-    table[MIX] = changes(AugmentConfig())
+    if with_each:
+        table |= {name: changes(replace(never, **{name: 1.0})) for name in AugmentConfig.CHANGES}
+    table |= {name: changes(config) for name, config in MIXES.items()}
     if with_step:
         table[STEP] = training_step(nnunet(), image, batch.labels)
     return table
@@ -82,7 +86,7 @@ def training_step(
 def measure(
     table: dict[str, Callable[[int], object]], rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Milliseconds of each: the median, but of the default mix the mean, since draws differ."""
+    """Milliseconds of each: the median, but of a mix the mean, since draws differ."""
     spent: dict[str, list[float]] = {name: [] for name in table}
     for turn in range(-1, rounds):
         for name, call in table.items():
@@ -93,7 +97,7 @@ def measure(
             if turn >= 0:
                 spent[name].append(1e3 * (time.perf_counter() - began))
     return {
-        name: (statistics.fmean if name == MIX else statistics.median)(values)
+        name: (statistics.fmean if name in MIXES else statistics.median)(values)
         for name, values in spent.items()
     }
 
@@ -110,11 +114,13 @@ def main() -> None:
     parser.add_argument("--edge", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--no-step", action="store_true", help="leave the training step out")
+    parser.add_argument("--mixes-only", action="store_true", help="no change alone")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     device = torch.device(options.device)
     batch = phantom_batch(options.batch, options.edge).to(device)
-    times = measure(peers(batch, with_step=not options.no_step), options.rounds, device)
+    table = peers(batch, with_step=not options.no_step, with_each=not options.mixes_only)
+    times = measure(table, options.rounds, device)
     shape = f"{options.batch}x4x{options.edge}^3 on {options.device}, torch {torch.__version__}"
     if options.json:
         json.dump({"batch": shape, "rounds": options.rounds, "ms": times}, sys.stdout, indent=1)

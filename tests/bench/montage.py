@@ -1,4 +1,4 @@
-"""A picture of every change alone and of the default mix, to look at.
+"""A picture of every change alone, of the default mix and of domain-shift's, to look at.
 
     python tests/bench/montage.py --out montage.png [--cases TREE] [--patch 96]
 
@@ -17,14 +17,21 @@ from matplotlib.figure import Figure
 
 from raybrats.brats import MODALITIES
 from raybrats.config import AugmentConfig, DataConfig
-from raybrats.data.augment.augment import Change, augment, draw_change
+from raybrats.data.augment.augment import augment
+from raybrats.data.augment.change import Change, draw_change
 from raybrats.data.batch import Batch, collate, normalise
 from raybrats.data.patch import PatchRule, draw_patch, to_row
 from raybrats.data.prepare import Prepared, prepare
 from raybrats.phantom.phantom import make_phantom
+from raybrats.recipes import domain_shift
 
-NEVER = AugmentConfig(**dict.fromkeys(AugmentConfig.CHANGES, 0.0))
+NEVER = AugmentConfig(local_per_modality=1.0, **dict.fromkeys(AugmentConfig.CHANGES, 0.0))
 NUM_MIXES = 6
+NUMBERS = (
+    *("median", "brightness", "brightness_added", "contrast", "low_resolution", "inverted_gamma"),
+    *("gamma", "brightness_gradient", "local_gamma", "sharpening"),
+)
+"""Changes that are described by a number for each modality."""
 COLOURS = mpl.colors.ListedColormap([(0, 0, 0, 0), "red", "lime", "gold"])
 
 
@@ -61,6 +68,7 @@ def main() -> None:
     rows = [("as it is", image[0], batch.labels[0]), ("as it is", image[1], batch.labels[1])]
     jobs = [(name, replace(NEVER, **{name: 1.0}), 0) for name in AugmentConfig.CHANGES]
     jobs += [("default mix", AugmentConfig(), number % 2) for number in range(NUM_MIXES)]
+    jobs += [("domain-shift", domain_shift().augment, number % 2) for number in range(NUM_MIXES)]
     for draw, (name, config, place) in enumerate(jobs):
         sample = tuple(part[place : place + 1] for part in (image, batch.labels, brain))
         changed, labels = augment(config, options.seed, torch.tensor([draw]), sample)
@@ -100,17 +108,15 @@ def show(rows: list[tuple[str, torch.Tensor, torch.Tensor]]) -> Figure:
 
 def described(change: Change) -> str:
     """The parameters of a change, a line each, to compare with the picture."""
-    lines = [f"mirror {''.join(a for a, m in zip('ijk', change.mirrored, strict=True) if m)}"]
-    lines = lines if any(change.mirrored) else []
-    if change.warp is not None:
-        angles = " ".join(f"{angle:.0f}" for angle in change.warp.angles_degrees)
-        lines += [f"turned {angles} deg, scale {change.warp.scale:.2f}"]
-        lines += [f"elastic {change.warp.elastic_voxels:.1f}"] * (change.warp.elastic_voxels > 0)
-    for name in ("brightness", "contrast", "low_resolution", "inverted_gamma", "gamma"):
-        values = getattr(change, name)
+    lines = described_axes(change)
+    for name in NUMBERS:
+        values = [v[0] if isinstance(v, tuple) else v for v in getattr(change, name)]
         if values:
-            words = " ".join("-" if v is None else f"{v:.2f}" for v in values)
+            words = " ".join("-" if v is None else f"{v:.2g}" for v in values)
             lines.append(f"{name} {words}")
+    if change.blank_rectangles:
+        words = " ".join(str(len(boxes or ())) for boxes in change.blank_rectangles)
+        lines.append(f"rectangles {words}")
     if change.noise:
         lines.append(f"noise {change.noise[0][0]:.2f}")
     for number, sigmas in enumerate(change.blur):
@@ -119,6 +125,22 @@ def described(change: Change) -> str:
     if change.dropped is not None:
         lines.append(f"dropped {MODALITIES[change.dropped]}")
     return "\n".join(lines)
+
+
+def described_axes(change: Change) -> list[str]:
+    """The same of what moves voxels."""
+    lines = [f"mirror {''.join(a for a, m in zip('ijk', change.mirrored, strict=True) if m)}"]
+    lines = lines if any(change.mirrored) else []
+    if change.warp is not None:
+        angles = " ".join(f"{angle:.0f}" for angle in change.warp.angles_degrees)
+        scales = " ".join(f"{scale:.2f}" for scale in np.atleast_1d(change.warp.scale))
+        lines += [f"turned {angles} deg, scale {scales}"]
+        lines += [f"elastic {change.warp.elastic_voxels:.1f}"] * (change.warp.elastic_voxels > 0)
+    if change.rotate90 is not None:
+        lines.append(f"{change.rotate90[0]} quarters, axes {change.rotate90[1]}")
+    if change.transpose is not None:
+        lines.append(f"order of axes {change.transpose}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -175,8 +175,8 @@ def test_heads_for_other_labels_are_new_though_their_number_is_the_same(name):
     ours = replace(theirs, data=replace(theirs.data, labels=three))
     kept, new = fitting(ours, theirs, weights)
     assert kept.keys() | new == weights.keys()
-    assert 1 <= len(new) <= 2 * (1 + theirs.network.deep_supervision)
-    assert {weights[tensor].shape[0] for tensor in new} == {3}
+    assert new
+    assert all(3 in weights[tensor].shape[:2] for tensor in new)
 
 
 def test_a_learner_begins_with_what_there_is_and_its_average_too():

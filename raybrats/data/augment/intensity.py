@@ -125,18 +125,43 @@ def brighten(modality: Tensor, _: Tensor, factor: float) -> None:
     modality.mul_(factor)
 
 
+def lift(modality: Tensor, _: Tensor, shift: float) -> None:
+    """Adds a number.
+
+    Example:
+        >>> modality = torch.ones(1, 1, 2)
+        >>> lift(modality, modality > 0, -0.25)
+        >>> modality
+        tensor([[[0.7500, 0.7500]]])
+    """
+    modality.add_(shift)
+
+
 def stretch(modality: Tensor, brain: Tensor, factor: float) -> None:
+    """Changes the contrast about the brain's mean.
+
+    Example:
+        >>> modality = torch.tensor([[[0.0, 4.0, 8.0]]])
+        >>> stretch(modality, torch.ones(1, 1, 3) > 0, 1.5)
+        >>> modality
+        tensor([[[-2.,  4., 10.]]])
+    """
+    mean, _ = moments(modality, brain)
+    modality.sub_(mean).mul_(factor).add_(mean)
+
+
+def stretch_keeping_range(modality: Tensor, brain: Tensor, factor: float) -> None:
     """Changes the contrast about the brain's mean; the brain's range is kept (nnU-Net).
 
     Example:
         >>> modality = torch.tensor([[[0.0, 4.0, 8.0]]])
-        >>> stretch(modality, torch.ones(1, 1, 3) > 0, 0.5)
+        >>> stretch_keeping_range(modality, torch.ones(1, 1, 3) > 0, 1.5)
         >>> modality
-        tensor([[[2., 4., 6.]]])
+        tensor([[[0., 4., 8.]]])
     """
     low, high = _range(modality, brain)
-    mean, _ = _moments(modality, brain)
-    modality.sub_(mean).mul_(factor).add_(mean).clamp_(low, high)
+    stretch(modality, brain, factor)
+    modality.clamp_(low, high)
 
 
 def coarsen(modality: Tensor, _: Tensor, zoom: float) -> None:
@@ -177,9 +202,9 @@ def bend_keeping_moments(modality: Tensor, brain: Tensor, gamma: float) -> None:
         >>> modality
         tensor([[[0.3987, 1.3595, 4.2418]]])
     """
-    mean, deviation = _moments(modality, brain)
+    mean, deviation = moments(modality, brain)
     bend(modality, brain, gamma)
-    moved, spread = _moments(modality, brain)
+    moved, spread = moments(modality, brain)
     modality.sub_(moved).mul_(deviation / spread.clamp(min=_SMALLEST_SPAN)).add_(mean)
 
 
@@ -200,8 +225,13 @@ def on_negative(step: Step) -> Step:
     return inverted
 
 
-def _moments(modality: Tensor, brain: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation in the brain, on the device."""
+def moments(modality: Tensor, brain: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation in the brain, on the device; 0 where there is none.
+
+    Example:
+        >>> moments(torch.tensor([[[1.0, 3.0, 9.0]]]), torch.tensor([[[True, True, False]]]))
+        (tensor(2.), tensor(1.))
+    """
     count = brain.sum().clamp(min=1)
     mean = (modality * brain).sum() / count
     return mean, (modality.where(brain, mean) - mean).square_().sum().div_(count).sqrt_()

@@ -28,8 +28,9 @@ class Warp:
 
     angles_degrees: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Rotations about i, then j, then k."""
-    scale: float = 1.0
-    """Source voxels a voxel: above 1 the head looks smaller and background comes in."""
+    scale: float | tuple[float, float, float] = 1.0
+    """Source voxels a voxel, along all axes or each: above 1 the head looks smaller and background
+    comes in."""
     elastic_voxels: float = 0.0
     """Largest displacement of a control point along each axis."""
     spacing_voxels: float = 32.0
