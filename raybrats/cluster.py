@@ -33,6 +33,8 @@ _QUIET = {
     # Ray's native code reports on stderr what is no error of the user's, as that an actor may not
     # be able to restart; what is one comes as an exception.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # Where several tasks fail the first is told; Ray tells the others by a traceback each.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 
 _CONNECT_S, _ANSWER_S = 5.0, 10.0

@@ -210,3 +210,23 @@ def test_what_nodes_say_of_themselves_is_shown_only_where_it_is_asked_for(verbos
     command = [sys.executable, "-c", program]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert ("nine started" in ended.stdout + ended.stderr) == verbose
+
+
+@pytest.mark.ray
+def test_of_several_tasks_that_fail_one_is_told(ray_cluster):
+    program = (
+        "import time\n"
+        "from raybrats import cluster, storage\n"
+        "from raybrats.errors import StorageError\n"
+        "try:\n"
+        "    names = [f'/nowhere/{n}' for n in range(4)]\n"
+        "    list(cluster.each(storage.read_bytes, names, num_cpus=0.5, memory=2**20))\n"
+        "except StorageError as error:\n"
+        "    print(error)\n"
+        "time.sleep(3)\n"
+    )
+    environment = os.environ | ray_cluster.environment
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("/nowhere/")
+    assert ended.stderr == ""
