@@ -201,7 +201,10 @@ class NetworkConfig(Section):
 
     _HAVE: ClassVar[dict[str, tuple[str, ...]]] = {
         "residual_units": ("dynunet", "unet"),
-        "deep_supervision": ("plain", "residual", "dynunet"),
+        "blocks": ("mednext",),
+        "expansion": ("mednext",),
+        "kernel_size": ("mednext",),
+        "deep_supervision": ("plain", "residual", "dynunet", "mednext"),
         "norm": ("plain", "residual", "dynunet", "unet"),
         "activation": ("plain", "residual", "dynunet"),
         "pooling": ("plain", "residual"),
@@ -209,15 +212,24 @@ class NetworkConfig(Section):
     }
     """The networks that have a field; with another it keeps its default."""
 
-    name: Literal["plain", "residual", "dynunet", "segresnet", "unet"] = "plain"
-    """nnU-Net's U-Net, plain or with a residual encoder; MONAI's DynUNet, SegResNet or UNet."""
+    name: Literal["plain", "residual", "dynunet", "mednext", "segresnet", "unet"] = "plain"
+    """nnU-Net's U-Net, plain or with a residual encoder; MONAI's DynUNet, MedNeXt, SegResNet or
+    UNet."""
     widths: tuple[int, ...] = (32, 64, 128, 256, 320, 320)
     """Channels of each resolution, finest first; each one halves the edge of the one before."""
     residual_units: int = 0
     """Residual units a stage: DynUNet residual blocks if > 0, `UNet(num_res_units=)`."""
+    blocks: tuple[int, ...] = (2,)
+    """Blocks of each resolution on either way, finest first; those that follow have as many as the
+    last (`mednext`; S and B: 2, M: 3 4, L: 3 4 8)."""
+    expansion: tuple[int, ...] = (2,)
+    """Channels within a block over those of its resolution, listed as `blocks` are (`mednext`;
+    S: 2, B and M: 2 3 4, L: 3 4 8)."""
+    kernel_size: Literal[3, 5] = 3
+    """Edge of the depthwise convolutions (`mednext`)."""
     deep_supervision: int = 0
-    """Coarser heads that the loss also sees (`plain`, `residual`, `dynunet`); as many of them as
-    there are stages for."""
+    """Coarser heads that the loss also sees (`plain`, `residual`, `dynunet`, `mednext`); as many of
+    them as there are stages for."""
     norm: Literal["instance", "batch"] = "instance"
     """Normalisation after every convolution (`plain`, `residual`, `dynunet`, `unet`)."""
     activation: Literal["leaky_relu", "relu"] = "leaky_relu"
@@ -246,10 +258,15 @@ class NetworkConfig(Section):
         _require(min(self.widths) >= 1, "network.widths", ">= 1 each", self.widths)
         heads = self.deep_supervision
         _require(heads >= 0, "network.deep_supervision", ">= 0", heads)
-        if self.name == "segresnet":
+        for name, most in (("blocks", 32), ("expansion", 64)):
+            values = getattr(self, name)
+            fits = 1 <= len(values) <= 10 and 1 <= min(values) <= max(values) <= most
+            _require(fits, f"network.{name}", f"1 to 10 numbers in 1..{most}", values)
+        if self.name in ("segresnet", "mednext"):
+            step = 8 if self.name == "segresnet" else 1
             doubled = all(w == self.widths[0] << n for n, w in enumerate(self.widths))
-            rule = "multiples of 8 that double from stage to stage, for segresnet"
-            _require(doubled and self.widths[0] % 8 == 0, "network.widths", rule, self.widths)
+            rule = f"multiples of {step} that double from stage to stage, for {self.name}"
+            _require(doubled and self.widths[0] % step == 0, "network.widths", rule, self.widths)
 
     @property
     def stride(self) -> int:

@@ -80,7 +80,11 @@ def _of_monai(
     # MONAI takes seconds and 250 MB: those who want none of its networks do not wait for it
     from monai.networks import nets
 
+    from raybrats.model.mednext import mednext
+
     widths, stages = config.widths, len(config.widths)
+    if config.name == "mednext":
+        return mednext(config, spatial_dims, num_modalities, outputs)
     if config.name == "dynunet":
         return nets.DynUNet(
             spatial_dims=spatial_dims,
@@ -206,7 +210,7 @@ def fitting(
 def _channels(config: TrainConfig, theirs: TrainConfig) -> list[int]:
     """The places of a run's modalities among those of another run."""
     lacking = [m for m in config.data.modalities if m not in theirs.data.modalities]
-    if lacking or config.network.name not in ("plain", "residual"):
+    if lacking or config.network.name not in ("plain", "residual", "mednext"):
         has = ", ".join(theirs.data.modalities)
         what = f"no {', '.join(lacking)}" if lacking else f"a {config.network.name} for {has}"
         raise UsageError(f"network.init_from has {what}; it was trained on {has}")
