@@ -15,10 +15,20 @@ from typing import Any, ClassVar, Literal
 
 from raybrats.brats import MODALITIES, Modality
 from raybrats.errors import UsageError, holds_credentials, redacted
+from raybrats.offers import Offers
 
 NUM_FOLDS = 5
 """Folds of every cohort (nnU-Net: 5)."""
 Normalisation = Literal["zscore", "minmax", "percentile"]
+NETWORKS = Offers(
+    "network",
+    "raybrats.networks",
+    own=("plain", "residual", "dynunet", "mednext", "segresnet", "unet"),
+    field="network.name",
+)
+"""Names of networks: nnU-Net's two, MONAI's, and those of others; see `raybrats.model.others`."""
+LOSSES = Offers("loss", "raybrats.losses", own=("sum",), field="loss.name")
+"""Names of losses, likewise."""
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
@@ -197,7 +207,7 @@ class AugmentConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig(Section):
-    """A network by name: nnU-Net's `plain` and `residual`, or MONAI's."""
+    """A network by name: nnU-Net's `plain` and `residual`, MONAI's, or one of the user's own."""
 
     _HAVE: ClassVar[dict[str, tuple[str, ...]]] = {
         "residual_units": ("dynunet", "unet"),
@@ -210,11 +220,12 @@ class NetworkConfig(Section):
         "pooling": ("plain", "residual"),
         "initial_weights": ("plain", "residual"),
     }
-    """The networks that have a field; with another it keeps its default."""
+    """Of raybrats' networks, those that have a field; with another it keeps its default."""
 
-    name: Literal["plain", "residual", "dynunet", "mednext", "segresnet", "unet"] = "plain"
-    """nnU-Net's U-Net, plain or with a residual encoder; MONAI's DynUNet, MedNeXt, SegResNet or
-    UNet."""
+    name: str = "plain"
+    """`plain` or `residual`, nnU-Net's U-Nets; MONAI's `dynunet`, `mednext`, `segresnet` or `unet`;
+    an entry point of the group `raybrats.networks`, or `my.module:function`, which get all fields.
+    """
     widths: tuple[int, ...] = (32, 64, 128, 256, 320, 320)
     """Channels of each resolution, finest first; each one halves the edge of the one before."""
     residual_units: int = 0
@@ -244,7 +255,8 @@ class NetworkConfig(Section):
     outputs are new, and of the modalities it has those that are wanted are taken."""
 
     def __post_init__(self) -> None:
-        for name, networks in self._HAVE.items():
+        NETWORKS.check(self.name)
+        for name, networks in self._HAVE.items() if self.name in NETWORKS.own else ():
             default = type(self).__dataclass_fields__[name].default
             has = self.name in networks or getattr(self, name) == default
             _require(has, f"network.{name}", f"{default!r} with {self.name}", getattr(self, name))
@@ -278,6 +290,9 @@ class NetworkConfig(Section):
 class LossConfig(Section):
     """Weighted sum of Dice, cross-entropy and focal terms; a weight of 0 leaves a term out."""
 
+    name: str = "sum"
+    """`sum`, this one; an entry point of the group `raybrats.losses`, or `my.module:function`,
+    which get all fields."""
     target: Literal["regions", "labels"] = "regions"
     """What the network tells apart: nested regions, a sigmoid each, or background and labels, one
     softmax."""
@@ -297,6 +312,8 @@ class LossConfig(Section):
         weights = (self.dice_weight, self.ce_weight, self.focal_weight)
         holds = min(weights) >= 0 and sum(weights) > 0
         _require(holds, "loss.*_weight", ">= 0, with one above 0", weights)
+        # A model that is looked up needs no loss, so one that is not installed there is no error
+        _require(bool(self.name), "loss.name", "a name", self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +497,11 @@ class TrainConfig(Section):
         else:
             rule = f"a multiple of cluster.workers ({workers})"
             _require(batch % workers == 0, "optim.global_batch", rule, batch)
+
+    @property
+    def of_others(self) -> bool:
+        """Whether its network or its loss is not raybrats' own."""
+        return self.network.name not in NETWORKS.own or self.loss.name not in LOSSES.own
 
     @property
     def spatial_dims(self) -> int:

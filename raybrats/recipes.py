@@ -1,11 +1,7 @@
 """Named runs as functions; their docstrings are promises that a test or a benchmark keeps."""
 
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
 from raybrats.config import (
@@ -21,6 +17,7 @@ from raybrats.config import (
     override_all,
 )
 from raybrats.errors import UsageError
+from raybrats.offers import Offers
 
 
 def tiny() -> TrainConfig:
@@ -298,21 +295,7 @@ def recipe(name: str, changes: Mapping[str, object] | None = None) -> TrainConfi
 
 def _of_others(name: str) -> TrainConfig:
     """A recipe that is not raybrats' own."""
-    offered = {found.name: found.value for found in entry_points(group="raybrats.recipes")}
-    place = offered.get(name, name)
-    if ":" not in place:
-        names = [*RECIPES, *offered]
-        near = get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        words = f"there are {', '.join(names)}, and my.module:function"
-        raise UsageError(f"no recipe {name!r}; {hint}{words}")
-    if (here := os.getcwd()) not in sys.path:  # as for `python -m`
-        sys.path.insert(0, here)
-    try:
-        config = EntryPoint(name, place, "raybrats.recipes").load()()
-    except Exception as error:  # whatever the code of others raises
-        kind, (first, *_) = type(error).__name__, str(error).strip().splitlines() or [""]
-        raise UsageError(f"recipe {name}: {kind}: {first[:200]}") from error
+    config = Offers("recipe", "raybrats.recipes", tuple(RECIPES)).make(name)
     if not isinstance(config, TrainConfig):
         raise UsageError(f"recipe {name}: makes {type(config).__name__}, not a TrainConfig")
     return replace(config, recipe=name)

@@ -110,7 +110,7 @@ def test_override_changes_one_field_and_leaves_the_rest():
     [
         ("loss.dice_wieght", 1, "did you mean 'dice_weight'"),
         ("los.dice_weight", 1, "did you mean 'loss'"),
-        ("loss.zzz", 1, "there are target, background"),
+        ("loss.zzz", 1, "there are name, target, background"),
         ("loss.dice_weight.more", 1, "no field 'more' in float"),
         ("", 1, "no field ''"),
         ("optim.lr", "fast", r"^optim\.lr: "),

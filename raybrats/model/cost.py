@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from raybrats.config import TrainConfig
-from raybrats.model.loss import SegmentationLoss
+from raybrats.model.loss import loss_of
 from raybrats.model.network import heads, network_of
 
 
@@ -53,7 +53,7 @@ def cost(config: TrainConfig, size: tuple[int, int, int] | None = None) -> Cost:
         weights = {p.untyped_storage()._cdata for p in network.parameters()}
         image, labels = torch.empty(1, len(config.data.modalities), *shape), torch.empty(1, *shape)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = SegmentationLoss(config.loss)(heads(network(image)), labels)
+            loss = loss_of(config.loss)(heads(network(image)), labels)
         loss.backward()
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),

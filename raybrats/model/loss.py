@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, logsigmoid
 
 from raybrats.brats import LABEL_NAMES, REGION_LABELS, REGIONS
-from raybrats.config import LossConfig
+from raybrats.config import LOSSES, LossConfig
+from raybrats.model.others import loss_by_name
 
 SMOOTH = 1e-5
 """Voxels added to numerator and denominator of the Dice, which makes it 1 for an empty region that
@@ -46,6 +47,19 @@ def label_masks(labels: Tensor) -> Tensor:
     """
     values = range(1 + len(LABEL_NAMES))
     return torch.stack([labels == value for value in values], dim=1).float()
+
+
+def loss_of(config: LossConfig) -> nn.Module:
+    """The loss of a run, by its name.
+
+    Raises:
+        UsageError: it is one of others, which is not there or no loss.
+
+    Example:
+        >>> type(loss_of(LossConfig())).__name__
+        'SegmentationLoss'
+    """
+    return SegmentationLoss(config) if config.name in LOSSES.own else loss_by_name(config)
 
 
 class SegmentationLoss(nn.Module):

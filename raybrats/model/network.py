@@ -1,4 +1,4 @@
-"""Networks by name: nnU-Net's two, and MONAI's."""
+"""Networks by name: nnU-Net's two, MONAI's, and those of others."""
 
 from collections.abc import Mapping
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from raybrats.brats import LABEL_NAMES, REGIONS
-from raybrats.config import LossConfig, NetworkConfig, TrainConfig
+from raybrats.config import NETWORKS, LossConfig, NetworkConfig, TrainConfig
 from raybrats.errors import CheckpointError, UsageError
+from raybrats.model.others import network_by_name
 from raybrats.model.unet import LEAK, UNet
 
 _ACTIVATIONS = {
@@ -55,8 +56,10 @@ def build(
     """
     if config.name in ("plain", "residual"):
         network: nn.Module = UNet(config, spatial_dims, num_modalities, outputs)
-    else:
+    elif config.name in NETWORKS.own:
         network = _of_monai(config, num_modalities, spatial_dims, outputs)
+    else:
+        network = network_by_name(config, spatial_dims, num_modalities, outputs)
     return network if spatial_dims == 3 else _Planar(network)
 
 
@@ -222,6 +225,7 @@ def num_bytes(config: TrainConfig) -> int:
 
     Raises:
         CheckpointError: there can be no such network.
+        UsageError: it is one of others, which cannot be made here.
 
     Example:
         >>> from raybrats.recipes import tiny
@@ -231,6 +235,8 @@ def num_bytes(config: TrainConfig) -> int:
     try:
         with torch.device("meta"):
             network = network_of(config)
+    except UsageError:  # of a network of others, which has words of its own
+        raise
     except (RuntimeError, ValueError, MemoryError) as error:  # RecursionError is of the first kind
         raise CheckpointError(f"a network that cannot be: {config.network}"[:300]) from error
     return sum(tensor.nbytes for tensor in weights_of(network).values())

@@ -1,6 +1,7 @@
 """A registered model, a checkpoint or a run -> the model, loaded; and a model's versions."""
 
 import hashlib
+import importlib.metadata
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,8 +16,9 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, list_artifacts
 
 from raybrats import storage
-from raybrats.config import TrainConfig, from_json
+from raybrats.config import NETWORKS, TrainConfig, from_json
 from raybrats.errors import CheckpointError, MissingObjectError, UsageError
+from raybrats.registry.register import PACKAGE
 from raybrats.registry.server import check_reachable, tracking_errors
 from raybrats.registry.tracking import default_server
 from raybrats.train import manifest
@@ -56,11 +58,18 @@ class Trained:
     weights: "Mapping[str, Tensor]"
 
 
-def load(uri: str, tracking_uri: str) -> Model:
+def load(uri: str, tracking_uri: str, network: str = "") -> Model:
     """The model behind `models:/name@alias` or `models:/name/version`, a checkpoint or a run.
+
+    Args:
+        uri: where it is.
+        tracking_uri: MLflow server.
+        network: `my.module:function`, if that is the network of the checkpoint; what a checkpoint
+            names is imported for no other reason.
 
     Raises:
         RaybratsError: as `read` does.
+        UsageError: the network is the user's own, and not the one that was named.
 
     Example:
         >>> model = load("models:/raybrats@champion", "http://mlflow:5000")  # doctest: +SKIP
@@ -71,7 +80,12 @@ def load(uri: str, tracking_uri: str) -> Model:
     from raybrats.model.network import trained_network
 
     trained = read(uri, tracking_uri)
-    config = trained.config
+    config, name = trained.config, trained.config.network.name
+    if ":" in name and name != network:
+        raise UsageError(
+            f"{trained.name}: its network is {name}, which is imported only if you say so: "
+            f"--network {name}, or network={name!r} in Python"
+        )
     predict = partial(segment, trained_network(config, trained.weights), config)
     incomplete = config.augment.drop_modality > 0
     return Model(trained.name, config.data.modalities, predict, incomplete)
@@ -87,7 +101,8 @@ def read(uri: str, tracking_uri: str) -> Trained:
         UsageError: a `models:/` URI of another form, or raybrats did not register the model.
         TrackingError: the server is out of reach, or there is no such model.
         CheckpointError: the weights are not those that were registered, or not of their network;
-            the checkpoint is damaged, or the run has none that can be loaded.
+            its network is of a package that is not installed here in its version; the checkpoint
+            is damaged, or the run has none that can be loaded.
         StorageError: there is nothing at the URI, or it is out of reach.
 
     Example:
@@ -121,17 +136,49 @@ def _read_version(model_uri: str, tracking_uri: str) -> Trained:
     from raybrats.model.network import num_bytes
     from raybrats.train import parts
 
+    _require_package(name, tags.get(PACKAGE, ""))
     try:
         config = from_json(_file(name, CONFIG, tracking_uri, _MOST_CONFIG))
     except ValueError:
         words = "its configuration is damaged, or of another version of raybrats"
         raise CheckpointError(f"{name}: {words}; take another version") from None
+    _require_offer(name, config, tags.get(PACKAGE, ""))
     weights = _file(name, WEIGHTS, tracking_uri, num_bytes(config) + _MOST_HEADER)
     if hashlib.sha256(weights).hexdigest() != tags["weights_sha256"]:
         raise CheckpointError(
             f"{name}: its weights are not those that were registered; take another version"
         )
     return Trained(name, config, parts.tensors(weights, name))
+
+
+def _require_package(name: str, package: str) -> None:
+    """Refuses a version whose network is of a package that is not installed as it was trained.
+
+    Raises:
+        CheckpointError: with both versions.
+    """
+    dist, _, version = package.partition("==")
+    here = ""
+    with suppress(importlib.metadata.PackageNotFoundError, ValueError):
+        here = importlib.metadata.version(dist) if dist else ""
+    if here != version:
+        words = f"{here} is" if here else "it is not"
+        raise CheckpointError(f"{name}: its network is of {package}; {words} installed here")
+
+
+def _require_offer(name: str, config: TrainConfig, package: str) -> None:
+    """Refuses a version whose network is not what an installed package offers by its name.
+
+    Raises:
+        CheckpointError: it is a module's, or another package's.
+    """
+    try:
+        offered = NETWORKS.package(config.network.name)
+    except UsageError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    if offered != package:
+        said, found = package or "none", offered or "none"
+        raise CheckpointError(f"{name}: its network is of package {found}; its version says {said}")
 
 
 def _read_checkpoint(uri: str) -> Trained:

@@ -11,11 +11,11 @@ from ray.actor import ActorHandle
 from ray.train import UserCallback
 
 from raybrats import cluster, storage
-from raybrats.config import TrainConfig
+from raybrats.config import NETWORKS, TrainConfig
 from raybrats.data.cohort import index
 from raybrats.data.cohort.case import Case
 from raybrats.data.cohort.usable import left_out, split, usable
-from raybrats.errors import RaybratsError, TrackingError
+from raybrats.errors import RaybratsError, TrackingError, UsageError
 from raybrats.registry import load, tracking
 from raybrats.registry.tracking import Run
 from raybrats.runs import board, gauges, launch, lease, record
@@ -135,6 +135,7 @@ def opened(
         >>> with opened(config) as attempt:  # doctest: +SKIP
         ...     outcome = attempt.fit()
     """
+    check_code(config)
     uri, stop = run_uri(config), Stop()
     with lease.held(uri, stop.taken_over):
         known = record.earlier(config, uri)
@@ -155,6 +156,28 @@ def opened(
                     tracking.finish(attempt.tracking, "KILLED" if interrupted else "FAILED")
             raise
         close(attempt.tracking)
+
+
+def check_code(config: TrainConfig) -> None:
+    """Refuses a network or a loss of others that will not do, before a run has begun.
+
+    Raises:
+        UsageError: it is not there, does not fit, or its model could not be registered.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> check_code(tiny())
+    """
+    if not config.of_others:
+        return
+    from raybrats.model.rehearsal import rehearse  # torch
+
+    if config.tracking.model:
+        try:
+            NETWORKS.package(config.network.name)
+        except UsageError as error:
+            raise UsageError(f"{error}, or register nothing: --tracking.model ''") from error
+    rehearse(config)
 
 
 def first_weights(config: TrainConfig, uri: str) -> str:

@@ -24,7 +24,7 @@ from raybrats.registry import tracking
 from raybrats.registry.register import Version
 from raybrats.registry.tracking import Run
 from raybrats.runs import board, launch, lease, record
-from raybrats.runs.attempt import Attempt, close, fitting_cases, opened, run_uri
+from raybrats.runs.attempt import Attempt, check_code, close, fitting_cases, opened, run_uri
 from raybrats.runs.run import best_scores, register_best
 from raybrats.runs.space import space_of
 from raybrats.runs.stop import Stop, on_sigterm
@@ -105,6 +105,7 @@ def search(
         raise UsageError("tracking.required must be true in a sweep, which compares by MLflow")
     if num_trials < 1:
         raise UsageError(f"--trials must be >= 1, got {num_trials}")
+    check_code(config)
     stop = Stop()
     with lease.held(run_uri(config), stop.taken_over):
         cases = tuple(fitting_cases(config, dashboard=True))

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raybrats.config import OptimConfig, TrainConfig
 from raybrats.errors import CheckpointError
-from raybrats.model.loss import SegmentationLoss
+from raybrats.model.loss import loss_of
 from raybrats.model.network import heads, load_weights, network_of, weights_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +39,7 @@ class Learner:
     bare: nn.Module
     """The same network without a wrapper."""
     optimizer: torch.optim.Optimizer
-    loss: SegmentationLoss
+    loss: nn.Module
     scaler: torch.amp.GradScaler
     """Scales the loss under fp16; else it does nothing."""
     average: AveragedModel | None = None
@@ -164,7 +164,7 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
         network=network,
         bare=network,
         optimizer=_optimizer(config.optim, network),
-        loss=SegmentationLoss(config.loss),
+        loss=loss_of(config.loss).to(device),
         scaler=torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
         average=average,
     )
