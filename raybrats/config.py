@@ -440,6 +440,10 @@ class RunConfig(Section):
     takes one where it is there, `must` requires one."""
     save_every_steps: int = 250
     """Steps between checkpoints, beside those of validations."""
+    continue_from: str = ""
+    """Run that has ended, or a checkpoint, that a new run goes on from to a later `optim.steps`:
+    with its weights, optimiser, averages and step, and the draws that follow. Only length, learning
+    rate and schedule may be others; the rate is that of the new schedule at the step."""
 
     def __post_init__(self) -> None:
         allowed = all(c.isalnum() or c in "-_." for c in self.name) and self.name[:1] != "."
@@ -449,6 +453,10 @@ class RunConfig(Section):
         _require(bool(self.storage_uri), "run.storage_uri", "a path or URI", self.storage_uri)
         _require(self.seed >= 0, "run.seed", ">= 0", self.seed)
         _require(self.save_every_steps >= 1, "run.save_every_steps", ">= 1", self.save_every_steps)
+        source = self.continue_from
+        _require_no_secret("run.continue_from", source)
+        rule = "a run or a checkpoint (of a model there are weights alone: network.init_from)"
+        _require(not source.startswith("models:"), "run.continue_from", rule, source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -558,7 +566,25 @@ def deciding(tree: Mapping[str, Any]) -> dict[str, Any]:
     places = ("cpus_per_task", "prefetch_batches", "cache_dir", "cache_gb")
     kept = {name: section for name, section in tree.items() if name not in ignored}
     kept["data"] = {name: v for name, v in tree["data"].items() if name not in places}
-    return {**kept, "run": {"seed": tree["run"]["seed"]}}
+    run = {"seed": tree["run"]["seed"], "continue_from": tree["run"].get("continue_from", "")}
+    return {**kept, "run": run}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Dotted fields that decide the weights or how they are scored, and differ.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> differences(asdict(tiny()), asdict(override(tiny(), "optim.steps", 300)))
+        ['optim.steps']
+    """
+    old, new = deciding(before), deciding(now)
+    return [
+        f"{section}.{name}"
+        for section, values in new.items()
+        for name, value in values.items()
+        if old.get(section, {}).get(name) != value
+    ]
 
 
 def override(config: TrainConfig, path: str, value: object) -> TrainConfig:

@@ -1,7 +1,6 @@
 """A registered model, a checkpoint or a run -> the model, loaded; and a model's versions."""
 
 import hashlib
-import importlib.metadata
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -16,9 +15,9 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, list_artifacts
 
 from raybrats import storage
-from raybrats.config import NETWORKS, TrainConfig, from_json
+from raybrats.config import TrainConfig, from_json
 from raybrats.errors import CheckpointError, MissingObjectError, UsageError
-from raybrats.registry.register import PACKAGE
+from raybrats.registry import package
 from raybrats.registry.server import check_reachable, tracking_errors
 from raybrats.registry.tracking import default_server
 from raybrats.train import manifest
@@ -117,8 +116,7 @@ def read(uri: str, tracking_uri: str) -> Trained:
     except MissingObjectError as error:
         kinds = "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint, or the folder of a run"
         raise MissingObjectError(f"{error}; expected {kinds}") from error
-    is_checkpoint = storage.name(uri.rpartition("/")[0]) == "checkpoints"
-    return _read_checkpoint(uri) if is_checkpoint else _read_run(uri)
+    return _read_checkpoint(uri) if manifest.is_place(uri) else _read_run(uri)
 
 
 def _read_version(model_uri: str, tracking_uri: str) -> Trained:
@@ -136,49 +134,19 @@ def _read_version(model_uri: str, tracking_uri: str) -> Trained:
     from raybrats.model.network import num_bytes
     from raybrats.train import parts
 
-    _require_package(name, tags.get(PACKAGE, ""))
+    package.require_installed(name, tags)
     try:
         config = from_json(_file(name, CONFIG, tracking_uri, _MOST_CONFIG))
     except ValueError:
         words = "its configuration is damaged, or of another version of raybrats"
         raise CheckpointError(f"{name}: {words}; take another version") from None
-    _require_offer(name, config, tags.get(PACKAGE, ""))
+    package.require_offered(name, tags, config)
     weights = _file(name, WEIGHTS, tracking_uri, num_bytes(config) + _MOST_HEADER)
     if hashlib.sha256(weights).hexdigest() != tags["weights_sha256"]:
         raise CheckpointError(
             f"{name}: its weights are not those that were registered; take another version"
         )
     return Trained(name, config, parts.tensors(weights, name))
-
-
-def _require_package(name: str, package: str) -> None:
-    """Refuses a version whose network is of a package that is not installed as it was trained.
-
-    Raises:
-        CheckpointError: with both versions.
-    """
-    dist, _, version = package.partition("==")
-    here = ""
-    with suppress(importlib.metadata.PackageNotFoundError, ValueError):
-        here = importlib.metadata.version(dist) if dist else ""
-    if here != version:
-        words = f"{here} is" if here else "it is not"
-        raise CheckpointError(f"{name}: its network is of {package}; {words} installed here")
-
-
-def _require_offer(name: str, config: TrainConfig, package: str) -> None:
-    """Refuses a version whose network is not what an installed package offers by its name.
-
-    Raises:
-        CheckpointError: it is a module's, or another package's.
-    """
-    try:
-        offered = NETWORKS.package(config.network.name)
-    except UsageError as error:
-        raise CheckpointError(f"{name}: {error}") from error
-    if offered != package:
-        said, found = package or "none", offered or "none"
-        raise CheckpointError(f"{name}: its network is of package {found}; its version says {said}")
 
 
 def _read_checkpoint(uri: str) -> Trained:

@@ -21,13 +21,12 @@ from safetensors import torch as safetensors
 
 from raybrats.config import NETWORKS, TrainConfig, to_json
 from raybrats.errors import CheckpointError, RegistrationError, TrackingError, UsageError
+from raybrats.registry.package import TAG
 from raybrats.registry.server import tracking_errors
 from raybrats.registry.tracking import Run, default_server
 from raybrats.train import checkpoint
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-PACKAGE = "network_package"
-"""Tag of a version whose network is of others: the package that it is from, as `mine==1.0`."""
 _REQUIREMENTS = ("torch", "monai", "numpy", "numba", "safetensors", "pydantic")
 """Packages that the registered model's code imports."""
 
@@ -85,7 +84,7 @@ def register(
             # in full: the next one is compared with it, and a tie does not take over
             tags = {f"dice_{region}": repr(float(value)) for region, value in scores.items()}
             tags |= {"held_out": held_out, "recipe": config.recipe}
-            tags |= {PACKAGE: package} if package else {}
+            tags |= {TAG: package} if package else {}
             for key, value in tags.items():
                 client.set_model_version_tag(name, number, key, value)
             alias = _choose_alias(client, name, scores.get("mean"), held_out)

@@ -16,7 +16,7 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.sample import Domain
 
 from raybrats import cluster, storage
-from raybrats.config import TrainConfig, override, override_all
+from raybrats.config import TrainConfig, override_all
 from raybrats.data.cohort.case import Case
 from raybrats.errors import CheckpointError, RaybratsError, TrackingError, UsageError, cause_of
 from raybrats.recipes import named
@@ -24,7 +24,8 @@ from raybrats.registry import tracking
 from raybrats.registry.register import Version
 from raybrats.registry.tracking import Run
 from raybrats.runs import board, launch, lease, record
-from raybrats.runs.attempt import Attempt, check_code, close, fitting_cases, opened, run_uri
+from raybrats.runs.attempt import Attempt, close, fitting_cases, opened, run_uri
+from raybrats.runs.beginning import check_code
 from raybrats.runs.run import best_scores, register_best
 from raybrats.runs.space import space_of
 from raybrats.runs.stop import Stop, on_sigterm
@@ -98,7 +99,10 @@ def search(
     """
     config = named(config, datetime.now().strftime("%Y%m%d-%H%M%S"))
     # Trials run elsewhere, where relative paths mean nothing; the server is that of the parent.
-    config = override(config, "run.storage_uri", storage.absolute(config.run.storage_uri))
+    places = {name: getattr(config.run, name) for name in ("storage_uri", "continue_from")}
+    config = override_all(
+        config, {f"run.{name}": storage.absolute(uri) for name, uri in places.items() if uri}
+    )
     tracking.tracking_uri(config)  # there is one
     domains = space_of(space, config)
     if not config.tracking.required:

@@ -157,6 +157,8 @@ def _resume(job: Job, learner: Learner) -> tuple[Written | None, int]:
 
     def choose() -> tuple[str, int]:
         found = checkpoint.newest(job.run_uri)
+        if found is None and job.config.run.continue_from:
+            raise CheckpointError(f"{job.run_uri} has lost the checkpoint that it goes on from")
         if found is None:
             return "", 0
         held.append(found)

@@ -173,6 +173,19 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
     return learner
 
 
+def progress_to_continue(progress: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Learner.progress` gave, for a new run that goes on from there.
+
+    Caches are counted anew, and so are the validations without a better one.
+
+    Example:
+        >>> progress_to_continue({"step": 8, "best": 0.7, "stale": 3, "cache/hits": 5})
+        {'step': 8, 'best': 0.7, 'stale': 0}
+    """
+    kept = {name: value for name, value in progress.items() if name in _PROGRESS.values()}
+    return kept | {_PROGRESS["validations_since_best"]: 0}
+
+
 def world_size() -> int:
     """The number of ranks that train together.
 

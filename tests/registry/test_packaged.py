@@ -26,7 +26,7 @@ from raybrats.model.inference import segment
 from raybrats.model.network import network_of, weights_of
 from raybrats.registry import load, tracking
 from raybrats.registry.register import register
-from raybrats.runs.attempt import check_code
+from raybrats.runs.beginning import check_code
 from raybrats.runs.run import train
 from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Snapshot
