@@ -115,13 +115,15 @@ def tune(
     return search(config, space, trials)
 
 
-def load(uri: str, tracking_uri: str = "") -> "Segmenter":
+def load(uri: str, tracking_uri: str = "", network: str = "") -> "Segmenter":
     """A model that segments one case at a time, without Ray.
 
     Args:
         uri: `models:/name@alias`, `models:/name/version`, a checkpoint, or a run (its best one).
         tracking_uri: MLflow server of a `models:/`; MLFLOW_TRACKING_URI, else runs/mlflow.db,
             where not given.
+        network: `my.module:function`, if that is the network of a checkpoint: what a file names is
+            imported for no other reason.
 
     Raises:
         UsageError, TrackingError, CheckpointError, StorageError: there is no such model, or it is
@@ -135,7 +137,7 @@ def load(uri: str, tracking_uri: str = "") -> "Segmenter":
     """
     from raybrats.predict.segment import load
 
-    return load(uri, tracking_uri)
+    return load(uri, tracking_uri, network)
 
 
 def predict(

@@ -68,6 +68,8 @@ class Segment:
     """Label file, .nii or .nii.gz, in the grid of the first volume; glioma: 1 NCR, 2 ED, 3 ET."""
     resample: bool = False
     """Whether volumes on other grids are resampled onto that of the first."""
+    network: str = ""
+    """my.module:function, if that is the network of a checkpoint; no other code of it is run."""
     tracking_uri: str = ""
     """MLflow server; empty: MLFLOW_TRACKING_URI, else runs/mlflow.db."""
 

@@ -143,7 +143,7 @@ def segment(args: Sequence[str]) -> Answer:
     out = check_target(o.out)
     if out in map(storage.absolute, files.values()):
         raise UsageError(f"--out {o.out}: is one of the patient's files; choose another name")
-    model = rb.load(o.model, o.tracking_uri)
+    model = rb.load(o.model, o.tracking_uri, o.network)
     found = model.segment(files, resample=o.resample)
     found.save(out)
     volumes = found.volumes_mm3

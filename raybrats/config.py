@@ -16,10 +16,20 @@ from typing import Any, ClassVar, Literal
 from raybrats.brats import MODALITIES, Modality
 from raybrats.errors import UsageError, holds_credentials, redacted
 from raybrats.label_set import LabelSet, label_set_of
+from raybrats.offers import Offers
 
 NUM_FOLDS = 5
 """Folds of every cohort (nnU-Net: 5)."""
 Normalisation = Literal["zscore", "minmax", "percentile"]
+NETWORKS = Offers(
+    "network",
+    "raybrats.networks",
+    own=("plain", "residual", "dynunet", "mednext", "segresnet", "unet"),
+    field="network.name",
+)
+"""Names of networks: nnU-Net's two, MONAI's, and those of others; see `raybrats.model.others`."""
+LOSSES = Offers("loss", "raybrats.losses", own=("sum",), field="loss.name")
+"""Names of losses, likewise."""
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
@@ -264,27 +274,40 @@ class AugmentConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig(Section):
-    """A network by name: nnU-Net's `plain` and `residual`, or MONAI's."""
+    """A network by name: nnU-Net's `plain` and `residual`, MONAI's, or one of the user's own."""
 
     _HAVE: ClassVar[dict[str, tuple[str, ...]]] = {
         "residual_units": ("dynunet", "unet"),
-        "deep_supervision": ("plain", "residual", "dynunet"),
+        "blocks": ("mednext",),
+        "expansion": ("mednext",),
+        "kernel_size": ("mednext",),
+        "deep_supervision": ("plain", "residual", "dynunet", "mednext"),
         "norm": ("plain", "residual", "dynunet", "unet"),
         "activation": ("plain", "residual", "dynunet"),
         "pooling": ("plain", "residual"),
         "initial_weights": ("plain", "residual"),
     }
-    """The networks that have a field; with another it keeps its default."""
+    """Of raybrats' networks, those that have a field; with another it keeps its default."""
 
-    name: Literal["plain", "residual", "dynunet", "segresnet", "unet"] = "plain"
-    """nnU-Net's U-Net, plain or with a residual encoder; MONAI's DynUNet, SegResNet or UNet."""
+    name: str = "plain"
+    """`plain` or `residual`, nnU-Net's U-Nets; MONAI's `dynunet`, `mednext`, `segresnet` or `unet`;
+    an entry point of the group `raybrats.networks`, or `my.module:function`, which get all fields.
+    """
     widths: tuple[int, ...] = (32, 64, 128, 256, 320, 320)
     """Channels of each resolution, finest first; each one halves the edge of the one before."""
     residual_units: int = 0
     """Residual units a stage: DynUNet residual blocks if > 0, `UNet(num_res_units=)`."""
+    blocks: tuple[int, ...] = (2,)
+    """Blocks of each resolution on either way, finest first; those that follow have as many as the
+    last (`mednext`; S and B: 2, M: 3 4, L: 3 4 8)."""
+    expansion: tuple[int, ...] = (2,)
+    """Channels within a block over those of its resolution, listed as `blocks` are (`mednext`;
+    S: 2, B and M: 2 3 4, L: 3 4 8)."""
+    kernel_size: Literal[3, 5] = 3
+    """Edge of the depthwise convolutions (`mednext`)."""
     deep_supervision: int = 0
-    """Coarser heads that the loss also sees (`plain`, `residual`, `dynunet`); as many of them as
-    there are stages for."""
+    """Coarser heads that the loss also sees (`plain`, `residual`, `dynunet`, `mednext`); as many of
+    them as there are stages for."""
     norm: Literal["instance", "batch"] = "instance"
     """Normalisation after every convolution (`plain`, `residual`, `dynunet`, `unet`)."""
     activation: Literal["leaky_relu", "relu"] = "leaky_relu"
@@ -299,7 +322,8 @@ class NetworkConfig(Section):
     outputs are new, and of the modalities it has those that are wanted are taken."""
 
     def __post_init__(self) -> None:
-        for name, networks in self._HAVE.items():
+        NETWORKS.check(self.name)
+        for name, networks in self._HAVE.items() if self.name in NETWORKS.own else ():
             default = type(self).__dataclass_fields__[name].default
             has = self.name in networks or getattr(self, name) == default
             _require(has, f"network.{name}", f"{default!r} with {self.name}", getattr(self, name))
@@ -313,10 +337,15 @@ class NetworkConfig(Section):
         _require(min(self.widths) >= 1, "network.widths", ">= 1 each", self.widths)
         heads = self.deep_supervision
         _require(heads >= 0, "network.deep_supervision", ">= 0", heads)
-        if self.name == "segresnet":
+        for name, most in (("blocks", 32), ("expansion", 64)):
+            values = getattr(self, name)
+            fits = 1 <= len(values) <= 10 and 1 <= min(values) <= max(values) <= most
+            _require(fits, f"network.{name}", f"1 to 10 numbers in 1..{most}", values)
+        if self.name in ("segresnet", "mednext"):
+            step = 8 if self.name == "segresnet" else 1
             doubled = all(w == self.widths[0] << n for n, w in enumerate(self.widths))
-            rule = "multiples of 8 that double from stage to stage, for segresnet"
-            _require(doubled and self.widths[0] % 8 == 0, "network.widths", rule, self.widths)
+            rule = f"multiples of {step} that double from stage to stage, for {self.name}"
+            _require(doubled and self.widths[0] % step == 0, "network.widths", rule, self.widths)
 
     @property
     def stride(self) -> int:
@@ -328,6 +357,9 @@ class NetworkConfig(Section):
 class LossConfig(Section):
     """Weighted sum of Dice, cross-entropy and focal terms; a weight of 0 leaves a term out."""
 
+    name: str = "sum"
+    """`sum`, this one; an entry point of the group `raybrats.losses`, or `my.module:function`,
+    which get all fields."""
     target: Literal["regions", "labels"] = "regions"
     """What the network tells apart: nested regions, a sigmoid each, or background and labels, one
     softmax."""
@@ -347,6 +379,8 @@ class LossConfig(Section):
         weights = (self.dice_weight, self.ce_weight, self.focal_weight)
         holds = min(weights) >= 0 and sum(weights) > 0
         _require(holds, "loss.*_weight", ">= 0, with one above 0", weights)
+        # A model that is looked up needs no loss, so one that is not installed there is no error
+        _require(bool(self.name), "loss.name", "a name", self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,6 +507,10 @@ class RunConfig(Section):
     takes one where it is there, `must` requires one."""
     save_every_steps: int = 250
     """Steps between checkpoints, beside those of validations."""
+    continue_from: str = ""
+    """Run that has ended, or a checkpoint, that a new run goes on from to a later `optim.steps`:
+    with its weights, optimiser, averages and step, and the draws that follow. Only length, learning
+    rate and schedule may be others; the rate is that of the new schedule at the step."""
 
     def __post_init__(self) -> None:
         allowed = all(c.isalnum() or c in "-_." for c in self.name) and self.name[:1] != "."
@@ -482,6 +520,10 @@ class RunConfig(Section):
         _require(bool(self.storage_uri), "run.storage_uri", "a path or URI", self.storage_uri)
         _require(self.seed >= 0, "run.seed", ">= 0", self.seed)
         _require(self.save_every_steps >= 1, "run.save_every_steps", ">= 1", self.save_every_steps)
+        source = self.continue_from
+        _require_no_secret("run.continue_from", source)
+        rule = "a run or a checkpoint (of a model there are weights alone: network.init_from)"
+        _require(not source.startswith("models:"), "run.continue_from", rule, source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -535,6 +577,11 @@ class TrainConfig(Section):
     def labels(self) -> LabelSet:
         """What the network tells apart: glioma where nothing else is said."""
         return label_set_of(self.data.labels)
+
+    @property
+    def of_others(self) -> bool:
+        """Whether its network or its loss is not raybrats' own."""
+        return self.network.name not in NETWORKS.own or self.loss.name not in LOSSES.own
 
     @property
     def spatial_dims(self) -> int:
@@ -591,7 +638,25 @@ def deciding(tree: Mapping[str, Any]) -> dict[str, Any]:
     places = ("cpus_per_task", "prefetch_batches", "cache_dir", "cache_gb")
     kept = {name: section for name, section in tree.items() if name not in ignored}
     kept["data"] = {name: v for name, v in tree["data"].items() if name not in places}
-    return {**kept, "run": {"seed": tree["run"]["seed"]}}
+    run = {"seed": tree["run"]["seed"], "continue_from": tree["run"].get("continue_from", "")}
+    return {**kept, "run": run}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Dotted fields that decide the weights or how they are scored, and differ.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> differences(asdict(tiny()), asdict(override(tiny(), "optim.steps", 300)))
+        ['optim.steps']
+    """
+    old, new = deciding(before), deciding(now)
+    return [
+        f"{section}.{name}"
+        for section, values in new.items()
+        for name, value in values.items()
+        if old.get(section, {}).get(name) != value
+    ]
 
 
 def override(config: TrainConfig, path: str, value: object) -> TrainConfig:

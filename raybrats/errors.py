@@ -126,6 +126,17 @@ def cause_of(error: BaseException | None) -> RaybratsError | None:
     return None
 
 
+def first_line(error: BaseException) -> str:
+    r"""The kind of an error of somebody else's code, and the first line of its words.
+
+    Example:
+        >>> first_line(ValueError("no GPU here\nand more"))
+        'ValueError: no GPU here'
+    """
+    first, *_ = str(error).strip().splitlines() or ["no words"]
+    return f"{type(error).__name__}: {first}"[:200]
+
+
 def redacted(text: str) -> str:
     """The text without the credentials in its URIs, whichever characters they hold.
 

@@ -68,7 +68,7 @@ def refused(outcome, code, *said):
         ("train tiny --optim.steps many", ["--optim.steps", "'many'"]),
         ("train tiny --optim.steps 0", ["optim.steps must be >= 1, got 0"]),
         ("train tiny --optim.steps", ["--optim.steps"]),
-        ("train tiny --network.name resnet", ["--network.name", "resnet", "unet"]),
+        ("train tiny --network.name resnet", ["network.name", "resnet", "unet"]),
         ("train tiny --data.patch-size 30 32 32", ["data.patch_size", "multiples of 8", "30"]),
         ("train tiny --cluster.workers 3", ["optim.global_batch", "cluster.workers (3)"]),
         ("tune tiny --trials few", ["--trials", "'few'"]),

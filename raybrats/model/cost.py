@@ -1,13 +1,14 @@
 """What a step of a run costs, found without a device: nothing is computed, only shapes are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from raybrats.config import TrainConfig
-from raybrats.model.loss import SegmentationLoss
+from raybrats.model.loss import loss_of
 from raybrats.model.network import heads, network_of
 
 
@@ -46,15 +47,32 @@ def cost(config: TrainConfig, size: tuple[int, int, int] | None = None) -> Cost:
         return tensor
 
     shape = size or config.data.patch_size
-    with torch.device("meta"), FlopCounterMode(display=False) as operations:
+    counted = {torch.ops.aten.convolution_backward: _backward}
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=counted) as operations:
         network = network_of(config).train()
         weights = {p.untyped_storage()._cdata for p in network.parameters()}
         image, labels = torch.empty(1, len(config.data.modalities), *shape), torch.empty(1, *shape)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = SegmentationLoss(config.loss, config.labels)(heads(network(image)), labels)
+            loss = loss_of(config)(heads(network(image)), labels)
         loss.backward()
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
         gflop=operations.get_total_flops() / 1e9,
         activation_bytes=sum(n for key, n in kept.items() if key not in weights),
     )
+
+
+def _backward(
+    grad: Sequence[int],
+    image: Sequence[int],
+    kernel: Sequence[int],
+    *settings: object,
+    out_shape: Sequence[object],
+    **_: object,
+) -> int:
+    """Operations of a convolution's gradients: of image and kernel each as many as forward.
+
+    torch 2.13 counts those of the kernel of a depthwise convolution once for each channel.
+    """
+    transposed, wanted = bool(settings[4]), sum(gradient is not None for gradient in out_shape[:2])
+    return wanted * conv_flop_count([*image], [*kernel], [*grad], transposed)

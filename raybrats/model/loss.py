@@ -7,8 +7,9 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, log_softmax, logsigmoid
 
-from raybrats.config import LossConfig
+from raybrats.config import LOSSES, LossConfig, TrainConfig
 from raybrats.label_set import GLIOMA, LabelSet
+from raybrats.model.others import loss_by_name
 
 SMOOTH = 1e-5
 """Voxels added to numerator and denominator of the Dice, which makes it 1 for an empty region that
@@ -46,6 +47,20 @@ def label_masks(labels: Tensor, known: LabelSet = GLIOMA) -> Tensor:
     """
     values = range(1 + len(known.names))
     return torch.stack([labels == value for value in values], dim=1).float()
+
+
+def loss_of(config: TrainConfig) -> nn.Module:
+    """The loss of a run, by its name.
+
+    Raises:
+        UsageError: it is one of others, which is not there or no loss.
+
+    Example:
+        >>> type(loss_of(TrainConfig())).__name__
+        'SegmentationLoss'
+    """
+    own = config.loss.name in LOSSES.own
+    return SegmentationLoss(config.loss, config.labels) if own else loss_by_name(config.loss)
 
 
 class SegmentationLoss(nn.Module):

@@ -1,12 +1,13 @@
-"""Networks by name: nnU-Net's two, and MONAI's."""
+"""Networks by name: nnU-Net's two, MONAI's, and those of others."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from raybrats.config import NetworkConfig, TrainConfig
+from raybrats.config import NETWORKS, NetworkConfig, TrainConfig
 from raybrats.errors import CheckpointError, UsageError
+from raybrats.model.others import network_by_name
 from raybrats.model.unet import LEAK, UNet
 
 _ACTIVATIONS = {
@@ -56,8 +57,10 @@ def build(
     """
     if config.name in ("plain", "residual"):
         network: nn.Module = UNet(config, spatial_dims, num_modalities, outputs)
-    else:
+    elif config.name in NETWORKS.own:
         network = _of_monai(config, num_modalities, spatial_dims, outputs)
+    else:
+        network = network_by_name(config, spatial_dims, num_modalities, outputs)
     return network if spatial_dims == 3 else _Planar(network)
 
 
@@ -81,7 +84,11 @@ def _of_monai(
     # MONAI takes seconds and 250 MB: those who want none of its networks do not wait for it
     from monai.networks import nets
 
+    from raybrats.model.mednext import mednext
+
     widths, stages = config.widths, len(config.widths)
+    if config.name == "mednext":
+        return mednext(config, spatial_dims, num_modalities, outputs)
     if config.name == "dynunet":
         return nets.DynUNet(
             spatial_dims=spatial_dims,
@@ -214,7 +221,7 @@ def fitting(
 def _channels(config: TrainConfig, theirs: TrainConfig) -> list[int]:
     """The places of a run's modalities among those of another run."""
     lacking = [m for m in config.data.modalities if m not in theirs.data.modalities]
-    if lacking or config.network.name not in ("plain", "residual"):
+    if lacking or config.network.name not in ("plain", "residual", "mednext"):
         has = ", ".join(theirs.data.modalities)
         what = f"no {', '.join(lacking)}" if lacking else f"a {config.network.name} for {has}"
         raise UsageError(f"network.init_from has {what}; it was trained on {has}")
@@ -226,6 +233,7 @@ def num_bytes(config: TrainConfig) -> int:
 
     Raises:
         CheckpointError: there can be no such network.
+        UsageError: it is one of others, which cannot be made here.
 
     Example:
         >>> from raybrats.recipes import tiny
@@ -235,6 +243,8 @@ def num_bytes(config: TrainConfig) -> int:
     try:
         with torch.device("meta"):
             network = network_of(config)
+    except UsageError:  # of a network of others, which has words of its own
+        raise
     except (RuntimeError, ValueError, MemoryError) as error:  # RecursionError is of the first kind
         raise CheckpointError(f"a network that cannot be: {config.network}"[:300]) from error
     return sum(tensor.nbytes for tensor in weights_of(network).values())

@@ -161,7 +161,7 @@ class Segmenter:
         return Segmentation(raw.case_id, labels, raw.grid, self.name, known, remarks)
 
 
-def load(uri: str, tracking_uri: str = "") -> Segmenter:
+def load(uri: str, tracking_uri: str = "", network: str = "") -> Segmenter:
     """The model behind a URI, on the GPU of this machine if it has one.
 
     Args:
@@ -169,9 +169,11 @@ def load(uri: str, tracking_uri: str = "") -> Segmenter:
             (`.../checkpoints/step-00000150`), or a run, of which the best checkpoint is taken.
         tracking_uri: MLflow server of a `models:/`; MLFLOW_TRACKING_URI, else runs/mlflow.db,
             where not given.
+        network: `my.module:function`, if that is the network of a checkpoint.
 
     Raises:
-        UsageError: a `models:/` URI of another form.
+        UsageError: a `models:/` URI of another form, or a network of the user's own that was not
+            named.
         TrackingError: the server is out of reach, or there is no such model.
         CheckpointError: the checkpoint is damaged, or the run has none that can be loaded.
         StorageError: there is nothing at the URI, or it is out of reach.
@@ -180,7 +182,7 @@ def load(uri: str, tracking_uri: str = "") -> Segmenter:
         >>> load("s3://bucket/runs/one").modalities  # doctest: +SKIP
         ('flair', 't1', 't1ce', 't2')
     """
-    return Segmenter(loading.load(uri, tracking_uri or _default_uri(uri)))
+    return Segmenter(loading.load(uri, tracking_uri or _default_uri(uri), network))
 
 
 def _default_uri(uri: str) -> str:

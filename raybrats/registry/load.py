@@ -18,6 +18,7 @@ from raybrats import storage
 from raybrats.config import TrainConfig, from_json
 from raybrats.errors import CheckpointError, MissingObjectError, UsageError
 from raybrats.label_set import LABEL_SETS, LabelSet
+from raybrats.registry import package
 from raybrats.registry.server import check_reachable, tracking_errors
 from raybrats.registry.tracking import default_server
 from raybrats.train import manifest
@@ -59,11 +60,18 @@ class Trained:
     weights: "Mapping[str, Tensor]"
 
 
-def load(uri: str, tracking_uri: str) -> Model:
+def load(uri: str, tracking_uri: str, network: str = "") -> Model:
     """The model behind `models:/name@alias` or `models:/name/version`, a checkpoint or a run.
+
+    Args:
+        uri: where it is.
+        tracking_uri: MLflow server.
+        network: `my.module:function`, if that is the network of the checkpoint; what a checkpoint
+            names is imported for no other reason.
 
     Raises:
         RaybratsError: as `read` does.
+        UsageError: the network is the user's own, and not the one that was named.
 
     Example:
         >>> model = load("models:/raybrats@champion", "http://mlflow:5000")  # doctest: +SKIP
@@ -74,7 +82,12 @@ def load(uri: str, tracking_uri: str) -> Model:
     from raybrats.model.network import trained_network
 
     trained = read(uri, tracking_uri)
-    config = trained.config
+    config, name = trained.config, trained.config.network.name
+    if ":" in name and name != network:
+        raise UsageError(
+            f"{trained.name}: its network is {name}, which is imported only if you say so: "
+            f"--network {name}, or network={name!r} in Python"
+        )
     predict = partial(segment, trained_network(config, trained.weights), config)
     incomplete = config.augment.drop_modality > 0
     return Model(trained.name, config.data.modalities, predict, config.labels, incomplete)
@@ -90,7 +103,8 @@ def read(uri: str, tracking_uri: str) -> Trained:
         UsageError: a `models:/` URI of another form, or raybrats did not register the model.
         TrackingError: the server is out of reach, or there is no such model.
         CheckpointError: the weights are not those that were registered, or not of their network;
-            the checkpoint is damaged, or the run has none that can be loaded.
+            its network is of a package that is not installed here in its version; the checkpoint
+            is damaged, or the run has none that can be loaded.
         StorageError: there is nothing at the URI, or it is out of reach.
 
     Example:
@@ -105,8 +119,7 @@ def read(uri: str, tracking_uri: str) -> Trained:
     except MissingObjectError as error:
         kinds = "models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint, or the folder of a run"
         raise MissingObjectError(f"{error}; expected {kinds}") from error
-    is_checkpoint = storage.name(uri.rpartition("/")[0]) == "checkpoints"
-    return _read_checkpoint(uri) if is_checkpoint else _read_run(uri)
+    return _read_checkpoint(uri) if manifest.is_place(uri) else _read_run(uri)
 
 
 def label_set(name: str, tracking_uri: str) -> LabelSet:
@@ -150,7 +163,9 @@ def _read_version(model_uri: str, tracking_uri: str) -> Trained:
     from raybrats.model.network import num_bytes
     from raybrats.train import parts
 
+    package.require_installed(name, tags)
     config = _config(name, tracking_uri)
+    package.require_offered(name, tags, config)
     weights = _file(name, WEIGHTS, tracking_uri, num_bytes(config) + _MOST_HEADER)
     if hashlib.sha256(weights).hexdigest() != tags["weights_sha256"]:
         raise CheckpointError(

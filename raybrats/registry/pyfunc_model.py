@@ -10,7 +10,7 @@ import numpy as np
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from safetensors.torch import load_file
 
-from raybrats.config import from_json
+from raybrats.config import NETWORKS, from_json
 from raybrats.model.inference import segment
 from raybrats.model.network import trained_network
 
@@ -21,6 +21,7 @@ class Segmenter(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Builds the network from the run's configuration and loads its weights."""
         self.config = from_json(Path(context.artifacts["config"]).read_text())
+        NETWORKS.package(self.config.network.name)  # refuses a module that a file may name
         self.network = trained_network(self.config, load_file(context.artifacts["weights"]))
 
     # MLflow's signature has a context, which by its docstring may be left out.

@@ -5,7 +5,7 @@ import importlib.metadata
 import importlib.util
 import tempfile
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from mlflow.utils.logging_utils import disable_logging, enable_logging
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
-from raybrats.config import TrainConfig, to_json
-from raybrats.errors import CheckpointError, RegistrationError, TrackingError
+from raybrats.config import NETWORKS, TrainConfig, to_json
+from raybrats.errors import CheckpointError, RegistrationError, TrackingError, UsageError
+from raybrats.registry.package import TAG
 from raybrats.registry.server import tracking_errors
 from raybrats.registry.tracking import Run, default_server
 from raybrats.train import checkpoint
@@ -62,7 +63,8 @@ def register(
         held_out: digest of the cases that were scored.
 
     Raises:
-        RegistrationError: the registry does not take it; the checkpoint stays in storage.
+        RegistrationError: the registry does not take it, or its network is of others and of no
+            installed package; the checkpoint stays in storage.
 
     Example:
         >>> best = checkpoint.best("s3://bucket/runs/one")  # doctest: +SKIP
@@ -71,23 +73,25 @@ def register(
     """
     name = config.tracking.model
     try:
+        package = NETWORKS.package(config.network.name)
         with tracking_errors(run.uri):
             client = MlflowClient(run.uri, registry_uri=run.uri)
             weights = hashlib.sha256(files[checkpoint.WEIGHTS]).hexdigest()
             _check_weights(config, files[checkpoint.WEIGHTS])
             if (earlier := _find_version(client, name, run, weights)) is not None:
                 return earlier
-            number = _upload(client, run, config, files)
+            number = _upload(client, run, config, files, package)
             # in full: the next one is compared with it, and a tie does not take over
             tags = {f"dice_{region}": repr(float(value)) for region, value in scores.items()}
             tags |= {"held_out": held_out, "recipe": config.recipe}
+            tags |= {TAG: package} if package else {}
             for key, value in tags.items():
                 client.set_model_version_tag(name, number, key, value)
             alias = _choose_alias(client, name, scores.get("mean"), held_out)
             client.set_registered_model_alias(name, alias, number)
             # This tag comes last: a later attempt takes it for the sign that all of this is done.
             client.set_model_version_tag(name, number, "weights_sha256", weights)
-    except TrackingError as error:
+    except (TrackingError, UsageError) as error:
         raise RegistrationError(f"trained, but not registered: {error}") from error
     return Version(name, number, alias)
 
@@ -110,7 +114,9 @@ def _check_weights(config: TrainConfig, data: bytes) -> None:
             raise RegistrationError(f"not registered, for {name} of its weights is not finite")
 
 
-def _upload(client: MlflowClient, run: Run, config: TrainConfig, files: Mapping[str, bytes]) -> str:
+def _upload(
+    client: MlflowClient, run: Run, config: TrainConfig, files: Mapping[str, bytes], package: str
+) -> str:
     """Uploads the model, makes it a version and returns its number."""
     shape = (len(config.data.modalities), -1, -1, -1)
     signature = ModelSignature(
@@ -142,12 +148,7 @@ def _upload(client: MlflowClient, run: Run, config: TrainConfig, files: Mapping[
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"weights": str(weights), "config": str(settings)},
             code_paths=[str(Path(__file__).parents[1])],
-            pip_requirements=[
-                # the local part, as of 2.13.0+cpu, names a build that an index may not have
-                f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
-                for package in _REQUIREMENTS
-                if importlib.util.find_spec(package)
-            ],
+            pip_requirements=[*_requirements(), *([package] if package else [])],
             signature=signature,
             metadata={
                 "modalities": list(config.data.modalities),
@@ -156,6 +157,13 @@ def _upload(client: MlflowClient, run: Run, config: TrainConfig, files: Mapping[
             registered_model_name=config.tracking.model,
         )
     return str(info.registered_model_version)
+
+
+def _requirements() -> Iterator[str]:
+    """Those of raybrats' own code, as they are installed here."""
+    for package in filter(importlib.util.find_spec, _REQUIREMENTS):
+        # the local part, as of 2.13.0+cpu, names a build that an index may not have
+        yield f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
 
 
 @contextmanager

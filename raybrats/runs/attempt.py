@@ -16,10 +16,11 @@ from raybrats.data.cohort import index
 from raybrats.data.cohort.case import Case
 from raybrats.data.cohort.usable import left_out, split, usable, with_labels
 from raybrats.errors import RaybratsError, TrackingError
-from raybrats.registry import load, tracking
+from raybrats.registry import tracking
 from raybrats.registry.tracking import Run
 from raybrats.runs import board, gauges, launch, lease, record
-from raybrats.runs.job import INITIAL, Job, Outcome
+from raybrats.runs.beginning import beginning, check_code, source_of
+from raybrats.runs.job import Job, Outcome
 from raybrats.runs.stop import Stop, on_sigterm
 
 _LOG = logging.getLogger(__name__)
@@ -135,15 +136,16 @@ def opened(
         >>> with opened(config) as attempt:  # doctest: +SKIP
         ...     outcome = attempt.fit()
     """
+    check_code(config)
     uri, stop = run_uri(config), Stop()
     with lease.held(uri, stop.taken_over):
         known = record.earlier(config, uri)
+        source = source_of(config, uri) if known is None else None
         if cases is None:
             cases = fitting_cases(config)
         config = with_labels(config, cases)
         record.check_cohort(known, cases, uri)
-        begun = first_weights(config, uri) if known is None else ""
-        tags = {"raybrats.init_from": begun} if begun else {}
+        tags = beginning(config, uri, cases, source) if known is None else {}
         run = record.open_tracking(config, uri, known, cases, parent, tags)
         attempt = Attempt(config, uri, tuple(cases), run, stop, num_at_once)
         try:
@@ -156,32 +158,6 @@ def opened(
                     tracking.finish(attempt.tracking, "KILLED" if interrupted else "FAILED")
             raise
         close(attempt.tracking)
-
-
-def first_weights(config: TrainConfig, uri: str) -> str:
-    """Puts what `network.init_from` names beside the run, for its workers; returns its exact name.
-
-    A new run begins with it, and so does every restart before its first checkpoint.
-
-    Raises:
-        RaybratsError: there is no such model, or it does not fit.
-
-    Example:
-        >>> first_weights(config, "runs/two")  # doctest: +SKIP
-        'models:/raybrats/3'
-    """
-    wanted = config.network.init_from
-    if not wanted:
-        return ""
-    from safetensors.torch import save  # torch
-
-    from raybrats.model.network import fitting
-
-    source = load.read(wanted, tracking.tracking_uri(config))
-    kept, new = fitting(config, source.config, source.weights)
-    storage.write_bytes(storage.join(uri, INITIAL), save(kept))
-    _LOG.info("begins with %s%s", source.name, f"; new: {', '.join(new)}" if new else "")
-    return source.name
 
 
 def close(run: Run, status: str = "FINISHED") -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from raybrats import storage
-from raybrats.config import TrainConfig, deciding, digest, override, to_json
+from raybrats.config import TrainConfig, deciding, differences, digest, override, to_json
 from raybrats.data.cohort.case import Case
 from raybrats.errors import (
     CheckpointError,
@@ -86,7 +86,7 @@ def earlier(config: TrainConfig, run_uri: str) -> Record | None:
         found = str(known.config["data"].get("labels", ""))
         config = override(config, "data.labels", found)
     if known.digest != digest(config):
-        fields = ", ".join(_differences(known.config, json.loads(to_json(config))) or ["digest"])
+        fields = ", ".join(differences(known.config, json.loads(to_json(config))) or ["digest"])
         raise UsageError(
             f"{run_uri} was started with another {fields}; choose another run.name, "
             "or the same configuration to resume"
@@ -106,8 +106,18 @@ def check_cohort(known: Record | None, cases: Sequence[Case], run_uri: str) -> N
         ...
         raybrats.errors.UsageError: runs/one was started on another cohort; choose another run.name
     """
-    if known is not None and known.cohort != _cohort_digest(cases):
+    if known is not None and not same_cohort(known, cases):
         raise UsageError(f"{run_uri} was started on another cohort; choose another run.name")
+
+
+def same_cohort(known: Record, cases: Sequence[Case]) -> bool:
+    """Whether the cases, their bytes and their folds are those of a run.
+
+    Example:
+        >>> same_cohort(Record("", "", cohort="0", config={}), [])
+        False
+    """
+    return known.cohort == _cohort_digest(cases)
 
 
 def open_tracking(
@@ -186,14 +196,3 @@ def _write(config: TrainConfig, run_uri: str, run: Run, cases: Sequence[Case]) -
 def _cohort_digest(cases: Sequence[Case]) -> str:
     rows = [[case.case_id, case.fold, *case.digests] for case in cases]
     return storage.digest_of(json.dumps(rows).encode())
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Dotted fields that decide the weights and differ."""
-    old, new = deciding(before), deciding(now)
-    return [
-        f"{section}.{name}"
-        for section, values in new.items()
-        for name, value in values.items()
-        if old.get(section, {}).get(name) != value
-    ]

@@ -16,7 +16,7 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.sample import Domain
 
 from raybrats import cluster, storage
-from raybrats.config import TrainConfig, override, override_all
+from raybrats.config import TrainConfig, override_all
 from raybrats.data.cohort.case import Case
 from raybrats.errors import CheckpointError, RaybratsError, TrackingError, UsageError, cause_of
 from raybrats.recipes import named
@@ -25,6 +25,7 @@ from raybrats.registry.register import Version
 from raybrats.registry.tracking import Run
 from raybrats.runs import board, launch, lease, record
 from raybrats.runs.attempt import Attempt, close, fitting_cases, opened, run_uri
+from raybrats.runs.beginning import check_code
 from raybrats.runs.run import register_best
 from raybrats.runs.space import space_of
 from raybrats.runs.stop import Stop, on_sigterm
@@ -98,13 +99,17 @@ def search(
     """
     config = named(config, datetime.now().strftime("%Y%m%d-%H%M%S"))
     # Trials run elsewhere, where relative paths mean nothing; the server is that of the parent.
-    config = override(config, "run.storage_uri", storage.absolute(config.run.storage_uri))
+    places = {name: getattr(config.run, name) for name in ("storage_uri", "continue_from")}
+    config = override_all(
+        config, {f"run.{name}": storage.absolute(uri) for name, uri in places.items() if uri}
+    )
     tracking.tracking_uri(config)  # there is one
     domains = space_of(space, config)
     if not config.tracking.required:
         raise UsageError("tracking.required must be true in a sweep, which compares by MLflow")
     if num_trials < 1:
         raise UsageError(f"--trials must be >= 1, got {num_trials}")
+    check_code(config)
     stop = Stop()
     with lease.held(run_uri(config), stop.taken_over):
         cases = tuple(fitting_cases(config, dashboard=True))

@@ -21,7 +21,9 @@ from raybrats.data.cohort.case import Case
 from raybrats.data.plan import Plan
 from raybrats.data.prepare import Prepared
 from raybrats.data.stream import Assignment, Stream
-from raybrats.errors import CheckpointError, DivergedError, RaybratsError, cause_of
+from raybrats.errors import CheckpointError, DivergedError, RaybratsError, UsageError, cause_of
+from raybrats.model.loss import loss_of
+from raybrats.model.network import num_bytes
 from raybrats.runs.agree import agree
 from raybrats.runs.job import INITIAL, Job, Outcome
 from raybrats.runs.lead import Follower, Lead
@@ -41,6 +43,15 @@ def work(job: Job) -> Outcome:
         >>> work(job).step  # doctest: +SKIP
         150
     """
+    if job.config.of_others:
+        try:
+            agree(str, lambda _: _import(job.config))
+        except UsageError as error:
+            return Outcome(failure=error)
+    return _work(job)
+
+
+def _work(job: Job) -> Outcome:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -122,6 +133,20 @@ class _Worker:
             ray.train.report({"step": self._learner.step, **metrics})
 
 
+def _import(config: TrainConfig) -> None:
+    """Finds the network and the loss of a run where they are of others.
+
+    Raises:
+        UsageError: this node lacks one; it says how it comes to have it.
+    """
+    try:
+        num_bytes(config)
+        loss_of(config)
+    except UsageError as error:
+        words = "a worker has what is installed on its node and what its job brings"
+        raise UsageError(f"{error}; {words}: ray job submit --working-dir .") from error
+
+
 def _resume(job: Job, learner: Learner) -> tuple[Written | None, int]:
     """Loads the checkpoint that rank 0 chose; what it is, and how many newer ones were bad.
 
@@ -132,6 +157,8 @@ def _resume(job: Job, learner: Learner) -> tuple[Written | None, int]:
 
     def choose() -> tuple[str, int]:
         found = checkpoint.newest(job.run_uri)
+        if found is None and job.config.run.continue_from:
+            raise CheckpointError(f"{job.run_uri} has lost the checkpoint that it goes on from")
         if found is None:
             return "", 0
         held.append(found)

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raybrats.config import OptimConfig, TrainConfig
 from raybrats.errors import CheckpointError
-from raybrats.model.loss import SegmentationLoss
+from raybrats.model.loss import loss_of
 from raybrats.model.network import heads, load_weights, network_of, weights_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +39,7 @@ class Learner:
     bare: nn.Module
     """The same network without a wrapper."""
     optimizer: torch.optim.Optimizer
-    loss: SegmentationLoss
+    loss: nn.Module
     scaler: torch.amp.GradScaler
     """Scales the loss under fp16; else it does nothing."""
     average: AveragedModel | None = None
@@ -164,13 +164,26 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
         network=network,
         bare=network,
         optimizer=_optimizer(config.optim, network),
-        loss=SegmentationLoss(config.loss, config.labels),
+        loss=loss_of(config).to(device),
         scaler=torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
         average=average,
     )
     if config.cluster.compile:
         learner.network = _compiled(learner)
     return learner
+
+
+def progress_to_continue(progress: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Learner.progress` gave, for a new run that goes on from there.
+
+    Caches are counted anew, and so are the validations without a better one.
+
+    Example:
+        >>> progress_to_continue({"step": 8, "best": 0.7, "stale": 3, "cache/hits": 5})
+        {'step': 8, 'best': 0.7, 'stale': 0}
+    """
+    kept = {name: value for name, value in progress.items() if name in _PROGRESS.values()}
+    return kept | {_PROGRESS["validations_since_best"]: 0}
 
 
 def world_size() -> int:

@@ -50,6 +50,26 @@ def place(run_uri: str, step: int) -> str:
     return storage.join(run_uri, "checkpoints", f"step-{step:08d}")
 
 
+def is_place(uri: str) -> bool:
+    """Whether a URI is that of a checkpoint, whether there is one or not, and not that of a run.
+
+    Example:
+        >>> is_place("runs/one/checkpoints/step-00000150"), is_place("runs/one")
+        (True, False)
+    """
+    return storage.name(uri.rpartition("/")[0]) == "checkpoints"
+
+
+def run_of(uri: str) -> str:
+    """The URI of the run that a checkpoint is of.
+
+    Example:
+        >>> run_of("s3://bucket/runs/one/checkpoints/step-00001250")
+        's3://bucket/runs/one'
+    """
+    return uri.rpartition("/checkpoints/")[0]
+
+
 def write(uri: str, facts: Mapping[str, Any]) -> None:
     """Writes the manifest of the checkpoint at a URI, or replaces it as a whole.
 

@@ -13,7 +13,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from raybrats.config import TrainConfig, from_json
-from raybrats.errors import CheckpointError, UsageError
+from raybrats.errors import CheckpointError, UsageError, first_line
 
 
 def tensors(data: bytes, uri: str) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def tensors(data: bytes, uri: str) -> dict[str, Tensor]:
     try:
         return safetensors.load(data)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{uri}: not a file of weights ({_line(error)})") from error
+        raise CheckpointError(f"{uri}: not a file of weights ({first_line(error)})") from error
 
 
 def state(data: bytes, uri: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def state(data: bytes, uri: str) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{uri}: more than tensors and plain values") from error
     except Exception as error:  # of bytes that are no such file, torch raises anything
-        raise CheckpointError(f"{uri}: not the state of a run ({_line(error)})") from error
+        raise CheckpointError(f"{uri}: not the state of a run ({first_line(error)})") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{uri}: not the state of a run ({type(found).__name__})")
     return found
@@ -69,8 +69,3 @@ def config(data: bytes, uri: str) -> TrainConfig:
         return from_json(data)
     except UsageError as error:
         raise CheckpointError(f"{uri}: of another version of raybrats ({error})") from error
-
-
-def _line(error: Exception) -> str:
-    first, *_ = str(error).strip().splitlines() or ["no words"]
-    return f"{type(error).__name__}: {first}"[:200]

@@ -38,7 +38,7 @@ def small(name, cohort, mlflow_uri):
     changes = {
         "data.cohort": str(cohort),
         "data.patch_size": patch,
-        "network.widths": [8, 16, 16],
+        "network.widths": [8, 16, 32],
         "optim.steps": 4,
         "optim.precision": "fp32",
         "optim.global_batch": 2,

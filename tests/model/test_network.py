@@ -25,6 +25,7 @@ from raybrats.model.network import (
     network_of,
     weights_of,
 )
+from raybrats.recipes import recipe
 from raybrats.train.learner import new_learner
 
 NETWORKS = {
@@ -37,6 +38,11 @@ NETWORKS = {
     "dynunet": NetworkConfig(name="dynunet", widths=(4, 8, 16)),
     "dynunet-residual": NetworkConfig(name="dynunet", widths=(4, 8, 16), residual_units=1),
     "dynunet-supervised": NetworkConfig(name="dynunet", widths=(4, 8, 8, 8), deep_supervision=2),
+    "mednext": NetworkConfig(name="mednext", widths=(4, 8)),
+    "mednext-large": NetworkConfig(
+        name="mednext", widths=(4, 8, 16), blocks=(1, 2), expansion=(2, 3), kernel_size=5
+    ),
+    "mednext-supervised": NetworkConfig(name="mednext", widths=(4, 8, 16, 32), deep_supervision=2),
     "segresnet": NetworkConfig(name="segresnet", widths=(8, 16)),
     "unet": NetworkConfig(name="unet", widths=(4, 8)),
     "unet-residual": NetworkConfig(name="unet", widths=(4, 8, 16), residual_units=2),
@@ -146,20 +152,63 @@ def test_a_flat_network_takes_each_slice_by_itself(config):
     assert [head.shape for head in trained] == [(*shape[:4], 8) for shape in shapes(config)]
 
 
+@pytest.mark.parametrize(
+    ("size", "kernel", "count"),
+    [
+        ("S", 3, 5_551_043),
+        ("S", 5, 5_980_675),
+        ("B", 3, 10_526_435),
+        ("B", 5, 10_956_067),
+        ("M", 3, 17_549_091),
+        ("M", 5, 18_260_963),
+        ("L", 3, 61_779_395),
+        ("L", 5, 62_993_027),
+    ],
+)
+def test_a_mednext_has_the_parameters_of_its_authors(size, kernel, count):
+    """Counted of `create_mednext_v1(4, 3, size, kernel)`, without the tensor that it never uses."""
+    blocks = {"S": (2,), "B": (2,), "M": (3, 4), "L": (3, 4, 8)}[size]
+    expansion = {"S": (2,), "B": (2, 3, 4), "M": (2, 3, 4), "L": (3, 4, 8)}[size]
+    config = replace(recipe("mednext").network, kernel_size=kernel, deep_supervision=0)
+    config = replace(config, blocks=blocks, expansion=expansion)
+    with torch.device("meta"):
+        tensors = weights_of(build(config, 4))
+    assert sum(tensor.numel() for tensor in tensors.values()) == count
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 5])
+@pytest.mark.parametrize("heads_wanted", [0, 1, 3, 9])
+def test_a_mednext_has_the_heads_that_there_are_stages_for(stages, heads_wanted):
+    widths = tuple(2 << n for n in range(stages))
+    network = build(NetworkConfig(name="mednext", widths=widths, deep_supervision=heads_wanted), 4)
+    images = torch.zeros(2, 4, 16, 16, 16)
+    found = heads(network.train()(images))
+    assert [head.shape[2] for head in found] == [16 >> n for n in range(len(found))]
+    assert len(found) == 1 + min(heads_wanted, stages - 1)
+    assert sum(name.startswith("out") for name in weights_of(network)) == 2 * len(found)
+
+
 def run(name="plain", modalities=MODALITIES, target="regions", heads=1):
     return TrainConfig(
         data=DataConfig(modalities=modalities),
-        network=NetworkConfig(name=name, widths=(4, 8, 8), deep_supervision=heads),
+        network=NetworkConfig(name=name, widths=(4, 8, 16), deep_supervision=heads),
         loss=LossConfig(target=target),
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "residual"])
-def test_a_run_begins_with_the_modalities_and_layers_that_it_shares(name):
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("plain", "decoder.seg_layers.1"),
+        ("residual", "decoder.seg_layers.1"),
+        ("mednext", "out_0.conv_out"),
+    ],
+)
+def test_a_run_begins_with_the_modalities_and_layers_that_it_shares(name, head):
     theirs, ours = run(name), run(name, ("t2", "flair"), "labels", heads=0)
     weights = weights_of(network_of(theirs))
     kept, new = fitting(ours, theirs, weights)
-    assert new == ["decoder.seg_layers.1.weight", "decoder.seg_layers.1.bias"]
+    assert new == [f"{head}.weight", f"{head}.bias"]
     assert kept.keys() | new == weights_of(network_of(ours)).keys()
     first = next(iter(weights))
     assert torch.equal(kept[first], weights[first][:, [3, 0]])
