@@ -272,7 +272,7 @@ class LossConfig(Section):
     focal_gamma: float = 2.0
     """Focusing exponent (Lin et al. 2017)."""
     batch_dice: bool = False
-    """One Dice over the batch instead of one a patch (nnU-Net: one over the batch)."""
+    """One Dice over the batch instead of one a patch (nnU-Net: where it has a low resolution)."""
 
     def __post_init__(self) -> None:
         fits = self.target == "labels" or not self.background
