@@ -73,21 +73,38 @@ def draw_patch(
         corners = covering_grid(shape, rule.size, rule.data.grid_overlap)
         corner = corners[_nth(ordinal, len(corners), (rule.seed, case))]
     else:
-        corner = choose_corner(prepared, rule, generator(rule.seed, draw, _PLACE))
+        forced = is_forced(draw, rule.data.foreground_share)
+        corner = choose_corner(prepared, rule, generator(rule.seed, draw, _PLACE), forced=forced)
     return cut(prepared, corner, rule.size)
 
 
-def choose_corner(prepared: Prepared, rule: PatchRule, rng: np.random.Generator) -> Corner:
+def is_forced(draw: int, share: float) -> bool:
+    """Whether a draw is centred on tumour: evenly, so that steps do not differ in how many are.
+
+    With a share of a half one of the two draws of a step is, never both or none (nnU-Net forces the
+    last `round(share * batch)` patches of every batch).
+
+    Example:
+        >>> [is_forced(draw, 1 / 3) for draw in range(6)]
+        [False, False, True, False, False, True]
+    """
+    return int((draw + 1) * share) > int(draw * share)
+
+
+def choose_corner(
+    prepared: Prepared, rule: PatchRule, rng: np.random.Generator, *, forced: bool
+) -> Corner:
     """First voxel of a random patch; negative along axes where the case is smaller than it.
 
-    A fraction of the draws is centred on tumour: a class is drawn uniformly among those present,
-    then one of its voxels uniformly (nnU-Net); the patch is moved as far as needed to stay within
-    the case.
+    One that is forced is centred on tumour: a class is drawn uniformly among those present, then
+    one of its voxels uniformly (nnU-Net); the patch is moved as far as needed to stay within the
+    case.
 
     Example:
         >>> from raybrats.data.prepare import prepare
         >>> whole = prepare([np.arange(64, dtype=np.int16).reshape(4, 4, 4)])
-        >>> choose_corner(whole, PatchRule(DataConfig(), (4, 4, 6), 0), np.random.default_rng(0))
+        >>> rule, rng = PatchRule(DataConfig(), (4, 4, 6), 0), np.random.default_rng(0)
+        >>> choose_corner(whole, rule, rng, forced=False)
         (0, 0, -1)
     """
     shape = prepared.image.shape[1:]
@@ -96,7 +113,7 @@ def choose_corner(prepared: Prepared, rule: PatchRule, rng: np.random.Generator)
     corner = rng.integers(low, high + 1)
     ends = np.cumsum(prepared.counts[1:])
     present = np.flatnonzero(prepared.counts[1:])
-    if rng.random() < rule.data.foreground_share and len(present):
+    if forced and len(present):
         label = rng.choice(present)
         place = prepared.tumour[rng.integers(ends[label] - prepared.counts[1 + label], ends[label])]
         centre = np.unravel_index(place, shape[::-1])[::-1]

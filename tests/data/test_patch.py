@@ -18,6 +18,7 @@ from raybrats.data.patch import (
     cut,
     cut_slice,
     draw_patch,
+    is_forced,
     volume_size,
 )
 from raybrats.data.prepare import Prepared, prepare
@@ -72,13 +73,12 @@ def drawn(case: Prepared, rule: PatchRule, draws: range) -> list[tuple[np.ndarra
 # At random
 
 
-@given(shape=sizes, size=sizes, share=st.floats(0, 1), seed=st.integers(0, 10**6))
+@given(shape=sizes, size=sizes, forced=st.booleans(), seed=st.integers(0, 10**6))
 @settings(max_examples=200)
-def test_a_patch_lies_within_the_case_or_around_its_middle(shape, size, share, seed):
+def test_a_patch_lies_within_the_case_or_around_its_middle(shape, size, forced, seed):
     case = whole(np.random.default_rng(seed).integers(0, 4, np.add(shape, 1)).astype(np.uint8))
     shape = case.image.shape[1:]
-    asked = rule(size, foreground_share=share)
-    corner = choose_corner(case, asked, np.random.default_rng(seed))
+    corner = choose_corner(case, rule(size), np.random.default_rng(seed), forced=forced)
     for first, edge, length in zip(corner, size, shape, strict=True):
         if edge <= length:
             assert 0 <= first <= length - edge
@@ -95,14 +95,33 @@ def test_random_patches_begin_everywhere_they_can():
     assert min(firsts.values()) > 15
 
 
+@given(share=st.floats(0, 1), first=st.integers(0, 10**6), count=st.integers(0, 50))
+def test_of_any_draws_in_a_row_the_share_is_forced(share, first, count):
+    forced = sum(is_forced(draw, share) for draw in range(first, first + count))
+    assert abs(forced - count * share) < 1 + 1e-6
+
+
+def test_every_step_of_two_has_one_patch_on_tumour():
+    """nnU-Net's batches of two, whose last is forced."""
+    labels = np.zeros((40, 40, 40), np.uint8)
+    labels[8, 8, 8] = 3
+    found = [labels.any() for _, labels in drawn(whole(labels), rule((8, 8, 8)), range(400))]
+    asked = rule((8, 8, 8), foreground_share=0.5)
+    halved = [patch.any() for _, patch in drawn(whole(labels), asked, range(400))]
+    assert all(halved[1::2])
+    assert sum(halved[::2]) < 20
+    assert 400 / 3 <= sum(found) + 1 < 400 / 3 + 20
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_tumour_is_hit_as_often_as_asked_each_class_alike_and_each_of_its_voxels(share: float):
     labels = np.zeros((30, 30, 30), np.uint8)
     labels[6, 6, 6], labels[15, 13:19, 15], labels[24, 24, 14:24] = 1, 2, 3
     case = whole(labels)
-    asked, centres = rule((8, 8, 8), foreground_share=share), Counter()
+    asked, centres = rule((8, 8, 8)), Counter()
     for n in range(1200):
-        corner = choose_corner(case, asked, np.random.default_rng(n))
+        forced = is_forced(n, share)
+        corner = choose_corner(case, asked, np.random.default_rng(n), forced=forced)
         centres[tuple(np.add(corner, 4))] += 1
     hits = {at: number for at, number in centres.items() if labels[at]}
     assert abs(sum(hits.values()) - 1200 * share) < 60
@@ -135,10 +154,10 @@ def test_a_patch_that_is_forced_holds_the_voxel_that_was_chosen(shape, size, see
 
 
 def test_a_case_without_tumour_is_cut_anywhere():
-    asked = rule((8, 8, 8), foreground_share=1.0)
     bare = prepare([np.arange(16**3, dtype=np.int16).reshape(16, 16, 16)])
     for case in (empty(16, 16, 16), bare):
-        corners = {choose_corner(case, asked, np.random.default_rng(n)) for n in range(40)}
+        sources, asked = map(np.random.default_rng, range(40)), rule((8, 8, 8))
+        corners = {choose_corner(case, asked, source, forced=True) for source in sources}
         assert len(corners) > 20
 
 
