@@ -1,11 +1,13 @@
 """One draw -> one patch of a prepared case: placed at random, on a grid, a slice, or the whole."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import ndimage
 
+from raybrats.brats import REGION_LABELS
 from raybrats.config import DataConfig
 from raybrats.data.plan import generator
 from raybrats.data.prepare import Prepared
@@ -15,6 +17,11 @@ Size = tuple[int, int, int]
 Row = dict[str, np.ndarray | int]
 """A patch as it travels to a worker, where `collate` makes batches of rows."""
 
+_CLASSES = {
+    "regions": tuple(REGION_LABELS.values()),
+    "labels": tuple((label,) for label in REGION_LABELS["WT"]),
+}
+"""Labels of each class that a patch may be centred on."""
 _PLACE = 0
 """Purpose of the random numbers of a draw; changing its patch is another."""
 
@@ -28,6 +35,8 @@ class PatchRule:
     """Extent of every patch, (i, j, k): `DataConfig.patch_size`, or that of `volume_size`."""
     seed: int
     """Seed of the run."""
+    target: Literal["regions", "labels"] = "regions"
+    """What the network tells apart, and so the classes that patches are centred on."""
 
 
 def volume_size(boxes: Iterable[tuple[int, ...]], stride: int) -> Size:
@@ -96,9 +105,9 @@ def choose_corner(
 ) -> Corner:
     """First voxel of a random patch; negative along axes where the case is smaller than it.
 
-    One that is forced is centred on tumour: a class is drawn uniformly among those present, then
-    one of its voxels uniformly (nnU-Net); the patch is moved as far as needed to stay within the
-    case.
+    One that is forced is centred on tumour: a class, which is a region or a label, is drawn
+    uniformly among those present, then one of its voxels uniformly (nnU-Net); the patch is moved as
+    far as needed to stay within the case.
 
     Example:
         >>> from raybrats.data.prepare import prepare
@@ -111,11 +120,8 @@ def choose_corner(
     room = np.subtract(shape, rule.size)
     low, high = np.minimum(0, room // 2), np.maximum(room, room // 2)
     corner = rng.integers(low, high + 1)
-    ends = np.cumsum(prepared.counts[1:])
-    present = np.flatnonzero(prepared.counts[1:])
-    if forced and len(present):
-        label = rng.choice(present)
-        place = prepared.tumour[rng.integers(ends[label] - prepared.counts[1 + label], ends[label])]
+    if forced and prepared.counts[1:].any():
+        place = _tumour_voxel(prepared, _CLASSES[rule.target], rng)
         centre = np.unravel_index(place, shape[::-1])[::-1]
         corner = np.clip(np.subtract(centre, np.floor_divide(rule.size, 2)), low, high)
     return _corner(corner)
@@ -216,6 +222,18 @@ def _nth(ordinal: int, count: int, key: tuple[int, ...]) -> int:
     """The nth place of a walk that visits all `count` places before it comes to one again."""
     walk, place = divmod(ordinal, count)
     return int(np.random.default_rng((*key, walk)).permutation(count)[place])
+
+
+def _tumour_voxel(
+    prepared: Prepared, classes: Sequence[tuple[int, ...]], rng: np.random.Generator
+) -> int:
+    """A voxel of one of the classes that are present, counted along the memory."""
+    present = [labels for labels in map(np.array, classes) if prepared.counts[labels].any()]
+    labels = present[rng.integers(len(present))]
+    counts = prepared.counts[labels]
+    label = rng.choice(labels, p=counts / counts.sum())
+    end = prepared.counts[1 : label + 1].sum()
+    return int(prepared.tumour[end - 1 - rng.integers(prepared.counts[label])])
 
 
 def _corner(voxels: np.ndarray) -> Corner:

@@ -53,7 +53,7 @@ def batches(config: TrainConfig, cases: tuple[Case, ...]) -> Iterator[Batch]:
     plan = Plan(
         len(cases), config.optim.global_batch, config.run.seed, config.data.patches_per_case
     )
-    rule = PatchRule(config.data, config.data.patch_size, config.run.seed)
+    rule = PatchRule(config.data, config.data.patch_size, config.run.seed, config.loss.target)
     pin = config.cluster.device == "gpu"
     for visits in plan.visits(rank=0, world=1, start=0, stop=config.optim.steps):
         for place in range(len(visits[0].draws)):

@@ -1,6 +1,7 @@
 """One draw, one patch: at random and on tumour as often as asked, on a grid, a slice, the whole."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import get_args, get_type_hints
 
@@ -55,7 +56,7 @@ def empty(*shape: int) -> Prepared:
 
 def rule(size: tuple[int, ...], sampling: str = "random", seed: int = 3, **fields) -> PatchRule:
     flat = {"patch_size": (8, 8, 1)} if sampling == "slices" else {}
-    return PatchRule(DataConfig(sampling=sampling, **flat, **fields), size, seed)
+    return PatchRule(DataConfig(sampling=sampling, **flat, **fields), size, seed, "labels")
 
 
 def full(case: Prepared) -> np.ndarray:
@@ -130,6 +131,20 @@ def test_tumour_is_hit_as_often_as_asked_each_class_alike_and_each_of_its_voxels
         assert abs(sum(voxels) - sum(hits.values()) / 3) < 60
         expected = max(1, sum(voxels) / len(voxels))
         assert sum((n - expected) ** 2 / expected for n in voxels) < 28  # p = 0.001 of 9
+
+
+def test_regions_are_hit_alike_and_each_of_their_voxels():
+    labels = np.zeros((30, 30, 30), np.uint8)
+    labels[6, 6, 6:14], labels[15, 6:18, 15], labels[24, 24, 14:18] = 1, 2, 3
+    case, asked = whole(labels), replace(rule((8, 8, 8)), target="regions")
+    sources = map(np.random.default_rng, range(1200))
+    corners = [choose_corner(case, asked, source, forced=True) for source in sources]
+    centres = Counter(int(labels[tuple(np.add(corner, 4))]) for corner in corners)
+    whole_tumour = {1: 8 / 24, 2: 12 / 24, 3: 4 / 24}
+    core, enhancing = {1: 8 / 12, 2: 0, 3: 4 / 12}, {1: 0, 2: 0, 3: 1}
+    for label in (1, 2, 3):
+        due = (whole_tumour[label] + core[label] + enhancing[label]) / 3
+        assert abs(centres[label] - 1200 * due) < 60
 
 
 def test_a_class_that_is_absent_leaves_its_share_to_the_others():
