@@ -147,7 +147,9 @@ class AugmentConfig(Section):
     bias_field_coefficient: float = 0.5
     """Largest coefficient of the polynomial over the patch (TorchIO)."""
     noise: float = 0.1
-    noise_variance: tuple[float, float] = (0.0, 0.1)
+    noise_variance: tuple[float, float] = (0.0, 0.01)
+    """Between the roots of these the deviation is drawn (nnU-Net: up to 0.1; what it calls the
+    variance it takes for the deviation)."""
     blur: float = 0.2
     blur_per_modality: float = 0.5
     """Fraction of the modalities that is blurred where a patch is."""
