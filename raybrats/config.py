@@ -173,7 +173,9 @@ class AugmentConfig(Section):
     bias_field_coefficient: float = 0.5
     """Largest coefficient of the polynomial over the patch (TorchIO)."""
     noise: float = 0.1
-    noise_variance: tuple[float, float] = (0.0, 0.1)
+    noise_variance: tuple[float, float] = (0.0, 0.01)
+    """Between the roots of these the deviation is drawn (nnU-Net: up to 0.1; what it calls the
+    variance it takes for the deviation)."""
     noise_before_blur: bool = True
     """Whether noise is blurred with the rest, or comes after blur and median (DA5)."""
     blur: float = 0.2
@@ -371,7 +373,7 @@ class LossConfig(Section):
     focal_gamma: float = 2.0
     """Focusing exponent (Lin et al. 2017)."""
     batch_dice: bool = False
-    """One Dice over the batch instead of one a patch (nnU-Net: one over the batch)."""
+    """One Dice over the batch instead of one a patch (nnU-Net: where it has a low resolution)."""
 
     def __post_init__(self) -> None:
         fits = self.target == "labels" or not self.background
@@ -577,6 +579,14 @@ class TrainConfig(Section):
     def labels(self) -> LabelSet:
         """What the network tells apart: glioma where nothing else is said."""
         return label_set_of(self.data.labels)
+
+    @property
+    def classes(self) -> tuple[tuple[int, ...], ...]:
+        """Labels of each class that the network tells apart: the regions', or each label's own."""
+        known = self.labels
+        if self.loss.target == "regions":
+            return tuple(region.labels for region in known.regions)
+        return tuple((label,) for label in range(1, len(known.names) + 1))
 
     @property
     def of_others(self) -> bool:

@@ -188,7 +188,8 @@ def nnunet() -> TrainConfig:
     """nnU-Net's default for BraTS: 1000 epochs of 250 steps, SGD, regions, deep supervision.
 
     Source: nnunetv2 2.8.1. Its fifth head, the coarsest, has weight 0 there; here it is left out.
-    One of two patches is centred on tumour (`round(2 x .67)`).
+    One of two patches is centred on tumour (`round(2 x .67)`). The Dice is one a patch: its planner
+    wants one over the batch only where it also plans a low resolution, which BraTS needs not.
 
     One patch: 31,198,028 parameters, 2,882 GFLOP, 3.81 GB.
 
@@ -200,7 +201,6 @@ def nnunet() -> TrainConfig:
         recipe="nnunet",
         data=DataConfig(foreground_share=0.5),
         network=NetworkConfig(widths=(32, 64, 128, 256, 320, 320), deep_supervision=3),
-        loss=LossConfig(batch_dice=True),
         optim=OptimConfig(name="sgd", lr=1e-2, weight_decay=3e-5, precision="bf16", steps=250_000),
     )
 

@@ -70,7 +70,7 @@ def batches(config: TrainConfig, cases: list[Prepared], ranks: tuple[int, int, i
     """What the stream gives a rank, made in this process: (rank, world, first step)."""
     rank, world, start = ranks
     plan = Plan(len(cases), config.optim.global_batch, config.run.seed)
-    rule = PatchRule(config.data, config.data.patch_size, config.run.seed)
+    rule = PatchRule(config.data, config.data.patch_size, config.run.seed, config.classes)
     steps = plan.visits(rank=rank, world=world, start=start, stop=config.optim.steps)
     for visits in steps:
         rows = []

@@ -1,12 +1,12 @@
 """One draw -> one patch of a prepared case: placed at random, on a grid, a slice, or the whole."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
-from raybrats.config import DataConfig
+from raybrats.config import DataConfig, TrainConfig
 from raybrats.data.plan import generator
 from raybrats.data.prepare import Prepared
 
@@ -28,6 +28,8 @@ class PatchRule:
     """Extent of every patch, (i, j, k): `DataConfig.patch_size`, or that of `volume_size`."""
     seed: int
     """Seed of the run."""
+    classes: tuple[tuple[int, ...], ...] = TrainConfig().classes
+    """Labels of each class that patches are centred on."""
 
 
 def volume_size(boxes: Iterable[tuple[int, ...]], stride: int) -> Size:
@@ -73,32 +75,46 @@ def draw_patch(
         corners = covering_grid(shape, rule.size, rule.data.grid_overlap)
         corner = corners[_nth(ordinal, len(corners), (rule.seed, case))]
     else:
-        corner = choose_corner(prepared, rule, generator(rule.seed, draw, _PLACE))
+        forced = is_forced(draw, rule.data.foreground_share)
+        corner = choose_corner(prepared, rule, generator(rule.seed, draw, _PLACE), forced=forced)
     return cut(prepared, corner, rule.size)
 
 
-def choose_corner(prepared: Prepared, rule: PatchRule, rng: np.random.Generator) -> Corner:
+def is_forced(draw: int, share: float) -> bool:
+    """Whether a draw is centred on tumour: evenly, so that steps do not differ in how many are.
+
+    With a share of a half one of the two draws of a step is, never both or none (nnU-Net forces the
+    last `round(share * batch)` patches of every batch).
+
+    Example:
+        >>> [is_forced(draw, 1 / 3) for draw in range(6)]
+        [False, False, True, False, False, True]
+    """
+    return int((draw + 1) * share) > int(draw * share)
+
+
+def choose_corner(
+    prepared: Prepared, rule: PatchRule, rng: np.random.Generator, *, forced: bool
+) -> Corner:
     """First voxel of a random patch; negative along axes where the case is smaller than it.
 
-    A fraction of the draws is centred on tumour: a class is drawn uniformly among those present,
-    then one of its voxels uniformly (nnU-Net); the patch is moved as far as needed to stay within
-    the case.
+    One that is forced is centred on tumour: a class, which is a region or a label, is drawn
+    uniformly among those present, then one of its voxels uniformly (nnU-Net); the patch is moved as
+    far as needed to stay within the case.
 
     Example:
         >>> from raybrats.data.prepare import prepare
         >>> whole = prepare([np.arange(64, dtype=np.int16).reshape(4, 4, 4)])
-        >>> choose_corner(whole, PatchRule(DataConfig(), (4, 4, 6), 0), np.random.default_rng(0))
+        >>> rule, rng = PatchRule(DataConfig(), (4, 4, 6), 0), np.random.default_rng(0)
+        >>> choose_corner(whole, rule, rng, forced=False)
         (0, 0, -1)
     """
     shape = prepared.image.shape[1:]
     room = np.subtract(shape, rule.size)
     low, high = np.minimum(0, room // 2), np.maximum(room, room // 2)
     corner = rng.integers(low, high + 1)
-    ends = np.cumsum(prepared.counts[1:])
-    present = np.flatnonzero(prepared.counts[1:])
-    if rng.random() < rule.data.foreground_share and len(present):
-        label = rng.choice(present)
-        place = prepared.tumour[rng.integers(ends[label] - prepared.counts[1 + label], ends[label])]
+    if forced and prepared.counts[1:].any():
+        place = _tumour_voxel(prepared, rule.classes, rng)
         centre = np.unravel_index(place, shape[::-1])[::-1]
         corner = np.clip(np.subtract(centre, np.floor_divide(rule.size, 2)), low, high)
     return _corner(corner)
@@ -199,6 +215,18 @@ def _nth(ordinal: int, count: int, key: tuple[int, ...]) -> int:
     """The nth place of a walk that visits all `count` places before it comes to one again."""
     walk, place = divmod(ordinal, count)
     return int(np.random.default_rng((*key, walk)).permutation(count)[place])
+
+
+def _tumour_voxel(
+    prepared: Prepared, classes: Sequence[tuple[int, ...]], rng: np.random.Generator
+) -> int:
+    """A voxel of one of the classes that are present, counted along the memory."""
+    present = [labels for labels in map(np.array, classes) if prepared.counts[labels].any()]
+    labels = present[rng.integers(len(present))]
+    counts = prepared.counts[labels]
+    label = rng.choice(labels, p=counts / counts.sum())
+    end = prepared.counts[1 : label + 1].sum()
+    return int(prepared.tumour[end - 1 - rng.integers(prepared.counts[label])])
 
 
 def _corner(voxels: np.ndarray) -> Corner:

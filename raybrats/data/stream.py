@@ -143,7 +143,7 @@ class PatchTask:
         self._data, size = config.data, config.data.patch_size
         if config.data.sampling == "volume":
             size = volume_size([case.box for case in cases], config.network.stride)
-        self._rule = PatchRule(config.data, size, config.run.seed)
+        self._rule = PatchRule(config.data, size, config.run.seed, config.classes)
         self.patch_bytes = int(np.prod(size)) * (2 * len(config.data.modalities) + 1)
         """Bytes of a patch, image and labels."""
 

@@ -25,8 +25,7 @@ def num_outputs(config: TrainConfig) -> int:
         >>> num_outputs(tiny()), num_outputs(crop128())
         (3, 4)
     """
-    labels = config.labels
-    return len(labels.regions) if config.loss.target == "regions" else 1 + len(labels.names)
+    return len(config.classes) + (config.loss.target == "labels")
 
 
 def network_of(config: TrainConfig) -> nn.Module:

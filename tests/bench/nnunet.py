@@ -57,6 +57,31 @@ def make(cases: Sequence[Case], folder: Path, *, preprocess: bool) -> Dataset:
     return made
 
 
+def split(made: Dataset, train: Sequence[Case], held_out: Sequence[Case]) -> None:
+    """Makes these its fold 0."""
+    fold = {"train": [case.case_id for case in train], "val": [case.case_id for case in held_out]}
+    (made.preprocessed / "splits_final.json").write_text(json.dumps([fold]))
+
+
+def reshape(plan: dict[str, Any], patch_size: Sequence[int], widths: Sequence[int]) -> None:
+    """Gives a plan another patch, and a plain U-Net of these widths, whose stages halve edges."""
+    stages, built = len(widths), plan["architecture"]["arch_kwargs"]
+    plan["patch_size"] = list(patch_size)
+    built |= {
+        "n_stages": stages,
+        "features_per_stage": list(widths),
+        "kernel_sizes": [[3, 3, 3]] * stages,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+    }
+
+
+def supervised(widths: Sequence[int]) -> int:
+    """Our `network.deep_supervision` of its U-Net, whose coarsest head has weight 0 in training."""
+    return max(0, len(widths) - 3)
+
+
 def _write_raw(cases: Sequence[Case], made: Dataset) -> None:
     """Links to the image files, label files renumbered as nnU-Net's BraTS converter does."""
     for part in ("imagesTr", "labelsTr"):

@@ -38,16 +38,8 @@ def trained(cases: list[Case], folder: Path) -> Path:
         json.loads((made.raw / "dataset.json").read_text()),
     )
     plan = plans["configurations"]["3d_fullres"]
-    plan |= {"patch_size": list(PATCH), "spacing": [1.0] * 3}  # small phantoms have large voxels
-    built, stages = plan["architecture"]["arch_kwargs"], len(WIDTHS)
-    built |= {
-        "n_stages": stages,
-        "features_per_stage": list(WIDTHS),
-        "kernel_sizes": [[3, 3, 3]] * stages,
-        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
-        "n_conv_per_stage": [2] * stages,
-        "n_conv_per_stage_decoder": [2] * (stages - 1),
-    }
+    nnunet.reshape(plan, PATCH, WIDTHS)
+    plan["spacing"] = [1.0] * 3  # small phantoms have large voxels
 
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 

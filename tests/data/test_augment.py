@@ -431,6 +431,15 @@ def test_changes_go_as_far_as_configured():
     assert 0.5 <= sigmas.min() < sigmas.max() <= 1
 
 
+def test_deviations_of_noise_are_uniform_up_to_a_tenth():
+    """nnU-Net: `noise_variance=(0, 0.1)`, which batchgeneratorsv2 takes for the deviation."""
+    config = AugmentConfig(noise=1.0)
+    drawn = [draw_change(config, SEED, draw, 1).noise[0][0] for draw in range(600)]
+    shares = np.histogram(drawn, bins=5, range=(0, 0.1))[0] / 600
+    assert sum(shares) == 1
+    assert shares == pytest.approx(0.2, abs=0.06)
+
+
 @pytest.mark.parametrize("operation", AugmentConfig.CHANGES)
 def test_switching_one_change_off_leaves_the_others(operation: str):
     names = {"rotation": "warp", "scale": "warp", "elastic": "warp"}

@@ -1,6 +1,7 @@
 """One draw, one patch: at random and on tumour as often as asked, on a grid, a slice, the whole."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import get_args, get_type_hints
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from raybrats.config import DataConfig
+from raybrats.config import DataConfig, TrainConfig
 from raybrats.data.patch import (
     PatchRule,
     choose_corner,
@@ -18,6 +19,7 @@ from raybrats.data.patch import (
     cut,
     cut_slice,
     draw_patch,
+    is_forced,
     volume_size,
 )
 from raybrats.data.prepare import Prepared, prepare
@@ -54,7 +56,9 @@ def empty(*shape: int) -> Prepared:
 
 def rule(size: tuple[int, ...], sampling: str = "random", seed: int = 3, **fields) -> PatchRule:
     flat = {"patch_size": (8, 8, 1)} if sampling == "slices" else {}
-    return PatchRule(DataConfig(sampling=sampling, **flat, **fields), size, seed)
+    return PatchRule(
+        DataConfig(sampling=sampling, **flat, **fields), size, seed, ((1,), (2,), (3,))
+    )
 
 
 def full(case: Prepared) -> np.ndarray:
@@ -72,13 +76,12 @@ def drawn(case: Prepared, rule: PatchRule, draws: range) -> list[tuple[np.ndarra
 # At random
 
 
-@given(shape=sizes, size=sizes, share=st.floats(0, 1), seed=st.integers(0, 10**6))
+@given(shape=sizes, size=sizes, forced=st.booleans(), seed=st.integers(0, 10**6))
 @settings(max_examples=200)
-def test_a_patch_lies_within_the_case_or_around_its_middle(shape, size, share, seed):
+def test_a_patch_lies_within_the_case_or_around_its_middle(shape, size, forced, seed):
     case = whole(np.random.default_rng(seed).integers(0, 4, np.add(shape, 1)).astype(np.uint8))
     shape = case.image.shape[1:]
-    asked = rule(size, foreground_share=share)
-    corner = choose_corner(case, asked, np.random.default_rng(seed))
+    corner = choose_corner(case, rule(size), np.random.default_rng(seed), forced=forced)
     for first, edge, length in zip(corner, size, shape, strict=True):
         if edge <= length:
             assert 0 <= first <= length - edge
@@ -95,14 +98,33 @@ def test_random_patches_begin_everywhere_they_can():
     assert min(firsts.values()) > 15
 
 
+@given(share=st.floats(0, 1), first=st.integers(0, 10**6), count=st.integers(0, 50))
+def test_of_any_draws_in_a_row_the_share_is_forced(share, first, count):
+    forced = sum(is_forced(draw, share) for draw in range(first, first + count))
+    assert abs(forced - count * share) < 1 + 1e-6
+
+
+def test_every_step_of_two_has_one_patch_on_tumour():
+    """nnU-Net's batches of two, whose last is forced."""
+    labels = np.zeros((40, 40, 40), np.uint8)
+    labels[8, 8, 8] = 3
+    found = [labels.any() for _, labels in drawn(whole(labels), rule((8, 8, 8)), range(400))]
+    asked = rule((8, 8, 8), foreground_share=0.5)
+    halved = [patch.any() for _, patch in drawn(whole(labels), asked, range(400))]
+    assert all(halved[1::2])
+    assert sum(halved[::2]) < 20
+    assert 400 / 3 <= sum(found) + 1 < 400 / 3 + 20
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_tumour_is_hit_as_often_as_asked_each_class_alike_and_each_of_its_voxels(share: float):
     labels = np.zeros((30, 30, 30), np.uint8)
     labels[6, 6, 6], labels[15, 13:19, 15], labels[24, 24, 14:24] = 1, 2, 3
     case = whole(labels)
-    asked, centres = rule((8, 8, 8), foreground_share=share), Counter()
+    asked, centres = rule((8, 8, 8)), Counter()
     for n in range(1200):
-        corner = choose_corner(case, asked, np.random.default_rng(n))
+        forced = is_forced(n, share)
+        corner = choose_corner(case, asked, np.random.default_rng(n), forced=forced)
         centres[tuple(np.add(corner, 4))] += 1
     hits = {at: number for at, number in centres.items() if labels[at]}
     assert abs(sum(hits.values()) - 1200 * share) < 60
@@ -111,6 +133,20 @@ def test_tumour_is_hit_as_often_as_asked_each_class_alike_and_each_of_its_voxels
         assert abs(sum(voxels) - sum(hits.values()) / 3) < 60
         expected = max(1, sum(voxels) / len(voxels))
         assert sum((n - expected) ** 2 / expected for n in voxels) < 28  # p = 0.001 of 9
+
+
+def test_regions_are_hit_alike_and_each_of_their_voxels():
+    labels = np.zeros((30, 30, 30), np.uint8)
+    labels[6, 6, 6:14], labels[15, 6:18, 15], labels[24, 24, 14:18] = 1, 2, 3
+    case, asked = whole(labels), replace(rule((8, 8, 8)), classes=TrainConfig().classes)
+    sources = map(np.random.default_rng, range(1200))
+    corners = [choose_corner(case, asked, source, forced=True) for source in sources]
+    centres = Counter(int(labels[tuple(np.add(corner, 4))]) for corner in corners)
+    whole_tumour = {1: 8 / 24, 2: 12 / 24, 3: 4 / 24}
+    core, enhancing = {1: 8 / 12, 2: 0, 3: 4 / 12}, {1: 0, 2: 0, 3: 1}
+    for label in (1, 2, 3):
+        due = (whole_tumour[label] + core[label] + enhancing[label]) / 3
+        assert abs(centres[label] - 1200 * due) < 60
 
 
 def test_a_class_that_is_absent_leaves_its_share_to_the_others():
@@ -135,10 +171,10 @@ def test_a_patch_that_is_forced_holds_the_voxel_that_was_chosen(shape, size, see
 
 
 def test_a_case_without_tumour_is_cut_anywhere():
-    asked = rule((8, 8, 8), foreground_share=1.0)
     bare = prepare([np.arange(16**3, dtype=np.int16).reshape(16, 16, 16)])
     for case in (empty(16, 16, 16), bare):
-        corners = {choose_corner(case, asked, np.random.default_rng(n)) for n in range(40)}
+        sources, asked = map(np.random.default_rng, range(40)), rule((8, 8, 8))
+        corners = {choose_corner(case, asked, source, forced=True) for source in sources}
         assert len(corners) > 20
 
 

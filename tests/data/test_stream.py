@@ -121,7 +121,7 @@ def test_the_patches_are_those_of_a_direct_cut(
         size = volume_size([case.box for case in cases], config.network.stride)
     plan = Plan(len(cases), config.optim.global_batch, config.run.seed)
     visits = [v for w in plan.visits(rank=0, world=1, start=0, stop=STEPS) for v in w]
-    rule, tumours = PatchRule(config.data, size, config.run.seed), 0
+    rule, tumours = PatchRule(config.data, size, config.run.seed, config.classes), 0
     streamed = batches(config, cases, rank=0, world=1, start=0)
     rows = [places(batch, slice(place, place + 1)) for batch in streamed for place in range(4)]
     for row, visit in zip(rows, visits, strict=True):

@@ -7,7 +7,7 @@ import torch
 from own_code import Squares
 from ranks import CASES, CONFIG, CPU, batches
 
-from raybrats.config import LossConfig, NetworkConfig, override_all
+from raybrats.config import LossConfig, NetworkConfig, TrainConfig, override_all
 from raybrats.errors import UsageError
 from raybrats.model.inference import predict_logits
 from raybrats.model.loss import loss_of

@@ -106,7 +106,7 @@ def draw_change(config: AugmentConfig, seed: int, draw: int, num_modalities: int
 
     warp = _draw_warp(config, rng, of_da5)
     bias_field = sometimes(config.bias_field, _polynomials(config, rng, count))
-    deviation = float(np.sqrt(rng.uniform(*config.noise_variance)))
+    deviation = float(rng.uniform(*np.sqrt(config.noise_variance)))
     noise = [(deviation, int(s)) for s in rng.integers(2**62, size=count)]
     sigmas = rng.uniform(*config.blur_sigma_voxels, (count, 3))
     if not config.blur_each_axis:
