@@ -12,7 +12,7 @@ import measure
 from matplotlib.figure import Figure
 from scipy import stats
 
-from raybrats.brats import REGIONS
+from raybrats.label_set import GLIOMA
 
 CONFIDENCE = 0.95
 COLOURS = ("tab:blue", "tab:orange")
@@ -112,7 +112,7 @@ def at_the_end(sides: Mapping[str, Sequence[Curve]]) -> str:
         columns = list(zip(*(curve.dice[-1][1] for curve in curves), strict=True))
         regions = {
             region: _told(statistics.fmean(values), half(values))
-            for region, values in zip(REGIONS, columns, strict=True)
+            for region, values in zip(GLIOMA.region_names, columns, strict=True)
         }
         seconds = statistics.median(curve.step_s for curve in curves)
         rows[side] = {"seeds": str(len(curves)), **regions, "s a step": f"{seconds:.3f}"}

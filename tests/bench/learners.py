@@ -11,13 +11,13 @@ import nnunet
 import torch
 from curves import Curve
 
-from raybrats.brats import REGIONS
 from raybrats.config import TrainConfig, digest
 from raybrats.data.batch import Batch, collate
 from raybrats.data.cache import prepared
 from raybrats.data.cohort.case import Case
 from raybrats.data.patch import PatchRule, draw_patch, to_row
 from raybrats.data.plan import Plan
+from raybrats.label_set import GLIOMA
 from raybrats.model.metrics import region_dice
 from raybrats.train import loop
 from raybrats.train.learner import new_learner
@@ -77,7 +77,7 @@ def ours(task: Task) -> Curve:
             curve.loss.append((learner.step, figures["train/loss"]))
             seconds.append(figures["step_s"])
         else:
-            regions = [figures[f"val/dice_{region}"] for region in REGIONS]
+            regions = [figures[f"val/dice_{region}"] for region in GLIOMA.region_names]
             curve.dice.append((learner.step, regions))
             tell(curve)
 
@@ -121,13 +121,15 @@ def validated(trainer: "nnunet_train.Trainer", task: Task, made: nnunet.Dataset)
     for case in task.held_out:
         labels = nnunet_train.segmented(trainer, case.case_id, mirror=task.config.validation.mirror)
         scores.append(region_dice(labels, nnunet_train.reference(made, case.case_id)))
-    return list(loop.mean_scores(scores, REGIONS).values())[:-1]
+    return list(loop.mean_scores(scores, GLIOMA.region_names).values())[:-1]
 
 
 def tell(curve: Curve) -> None:
     """A line of progress."""
     (step, regions), (_, loss) = curve.dice[-1], curve.loss[-1]
-    dice = ", ".join(f"{name} {value:.3f}" for name, value in zip(REGIONS, regions, strict=True))
+    dice = ", ".join(
+        f"{name} {value:.3f}" for name, value in zip(GLIOMA.region_names, regions, strict=True)
+    )
     print(f"{curve.side} seed {curve.seed}: step {step}, loss {loss:.3f}, {dice}", file=sys.stderr)
 
 
