@@ -106,7 +106,7 @@ def label_set_of(text: str) -> LabelSet:
     names = ", ".join(LABEL_SETS)
     try:
         found = json.loads(text)
-        return _made(found["labels"], found.get("regions"), found.get("regions_class_order"))
+        return made(found["labels"], found.get("regions"), found.get("regions_class_order"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         why = f": {error}" if isinstance(error, UsageError) else ""
         form = 'JSON like {"labels": ["liver", "lesion"], "regions": {"organ": [1, 2]}, ...}'
@@ -132,13 +132,24 @@ def as_text(labels: LabelSet) -> str:
     return json.dumps(document)
 
 
-def _made(
-    names: Sequence[str], regions: Mapping[str, Sequence[int]] | None, order: Sequence[int] | None
+def made(
+    names: Sequence[str],
+    regions: Mapping[str, Sequence[int]] | None = None,
+    order: Sequence[int] | None = None,
 ) -> LabelSet:
     """A set of these labels; without regions each label is one.
 
+    Args:
+        names: of the labels 1, 2, ...
+        regions: labels of each region, by its name.
+        order: label that each region is painted as (nnU-Net's `regions_class_order`).
+
     Raises:
-        UsageError: they do not fit together.
+        UsageError: they do not fit together; none of them is repeated.
+
+    Example:
+        >>> made(["organ", "lesion"], {"all": [1, 2], "lesion": [2]}, [1, 2]).regions[0]
+        Region(name='all', labels=(1, 2), painted=1)
     """
     regions = regions or {name: [number] for number, name in enumerate(names, 1)}
     order = order or [labels[0] for labels in regions.values() if len(labels) == 1]
@@ -149,15 +160,15 @@ def _made(
         sound = isinstance(name, str) and _NAME.fullmatch(name) and name not in ("mean", "")
         _require(bool(sound), "names of letters, digits, blanks, '_', '-' and '.', none 'mean'")
     _require(len(order) == len(regions), "one label of regions_class_order a region")
-    made = [
+    parts = [
         Region(name, tuple(map(_label, labels)), _label(painted))
         for (name, labels), painted in zip(regions.items(), order, strict=True)
     ]
-    for region in made:
+    for region in parts:
         inside = set(region.labels) <= set(range(1, len(names) + 1))
         _require(inside, f"regions of the labels 1 to {len(names)}")
         _require(region.painted in region.labels, "regions painted as one of their own labels")
-    return LabelSet(tuple(names), tuple(made))
+    return LabelSet(tuple(names), tuple(parts))
 
 
 def _label(value: Any) -> int:  # noqa: ANN401 - whatever the JSON holds

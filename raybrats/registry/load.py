@@ -255,7 +255,8 @@ def versions(tracking_uri: str, name: str) -> list[dict[str, str]]:
         for alias, number in client.get_registered_model(name).aliases.items():
             aliases.setdefault(str(number), []).append(alias)
         found = client.search_model_versions(f"name = '{name}'")
-    scores = _in_order({key for v in found for key in v.tags if key.startswith(_SCORE)})
+    scores = {key for v in found for key in v.tags if key.startswith(_SCORE)}
+    scores = _in_order(scores | {f"{_SCORE}mean"})
     rows = [
         {
             "version": str(v.version),

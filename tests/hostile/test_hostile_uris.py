@@ -254,7 +254,7 @@ def test_no_bytes_of_a_file_stand_in_an_error(tmp_path, wrap):
 
 def test_labels_of_a_dataset_json_are_not_repeated(tmp_path):
     channels = '{"0": "flair", "1": "t1", "2": "t1ce", "3": "t2"}'
-    for labels in (f'{{"{SECRET}": 1}}', f'{{"edema": "{SECRET}"}}'):
+    for labels in (f'{{"{SECRET}": 1, "b": 1}}', f'{{"edema": "{SECRET}"}}', f'{{"{SECRET}": []}}'):
         (tmp_path / "dataset.json").write_text(
             f'{{"channel_names": {channels}, "labels": {labels}}}'
         )

@@ -8,7 +8,7 @@ from typing import Any
 from raybrats import storage
 from raybrats.brats import MODALITIES, Modality
 from raybrats.errors import DataError, UsageError
-from raybrats.label_set import GLIOMA, LabelSet, label_set_of
+from raybrats.label_set import GLIOMA, LabelSet, made
 
 MODALITY_NAMES: Mapping[str, Modality] = {
     **dict.fromkeys(("flair", "t2f"), "flair"),
@@ -102,12 +102,11 @@ def labels_of(dataset: Mapping[str, Any]) -> tuple[tuple[int, ...], LabelSet]:
         return glioma, GLIOMA
     numbered = {value: number for number, value in enumerate(values, 1)}
     order = dataset.get("regions_class_order")
-    document = {
-        "labels": [named.get(value, f"label {value}") for value in values],
-        "regions": {name: [numbered[v] for v in part] for name, part in parts.items()},
-        "regions_class_order": order and [numbered.get(int(value), 0) for value in order],
-    }
-    return tuple(values), label_set_of(json.dumps(document))
+    return tuple(values), made(
+        [named.get(value, f"label {value}") for value in values],
+        {name: [numbered[v] for v in part] for name, part in parts.items()},
+        order and [numbered.get(int(value), 0) for value in order],
+    )
 
 
 def _plain(name: str) -> str:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no path of a row has: control characters, and bytes that are no UTF-8."""
-MAX_ROWS, MAX_VALUES = 1_000_000, 64
-"""Cases that a cohort has at most, and values of one of their lists (a set has 64 labels)."""
+MAX_ROWS, MAX_VALUES = 1_000_000, 16
+"""Cases that a cohort has at most, and values of one of their lists in the mean (a box has six)."""
 MAX_ID_BYTES = 200
 """A file name has 255 at most, of which its ending and a write's own take some."""
 _NOT_A_NAME = re.compile(rf"[/\\]|{CONTROL.pattern}|^\.|^$")
