@@ -2,18 +2,21 @@
 
 import pytest
 import torch
+from faulty import SOAK
 from ranks import CONFIG, losses, steps, together, train_rank, weights
 
 from raybrats.config import override, override_all
+
+SELDOM = pytest.mark.skipif(not SOAK, reason="two processes more: make soak")
 
 
 @pytest.mark.parametrize(
     ("world", "batch", "changes"),
     [
-        (2, 2, {}),
+        pytest.param(2, 2, {}, marks=SELDOM),
         (2, 2, {"loss.batch_dice": True}),
         (3, 4, {"loss.batch_dice": True, "loss.focal_weight": 0.5}),
-        (2, 4, {"optim.micro_batch": 1}),
+        pytest.param(2, 4, {"optim.micro_batch": 1}, marks=SELDOM),
         (3, 5, {"optim.micro_batch": 1}),
     ],
     ids=["each", "batch-dice", "uneven", "micro", "micro-uneven"],
