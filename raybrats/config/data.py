@@ -6,6 +6,7 @@ from typing import Literal
 
 from raybrats.brats import MODALITIES, Modality
 from raybrats.config.section import Section, require, require_no_secret
+from raybrats.errors import UsageError
 from raybrats.label_set import label_set_of
 
 NUM_FOLDS = 5
@@ -89,6 +90,9 @@ class DataConfig(Section):
         require(0 <= bad < 1, "data.max_bad_fraction", "in 0..1", bad)
         least = self.min_labelled_fraction
         require(0 <= least < 1, "data.min_labelled_fraction", "in 0..1", least)
-        label_set_of(self.labels)
+        try:
+            label_set_of(self.labels)
+        except UsageError as error:
+            raise UsageError(f"data.labels: {error}") from None
         require(self.cpus_per_task > 0, "data.cpus_per_task", "> 0", self.cpus_per_task)
         require(self.prefetch_batches >= 1, "data.prefetch_batches", ">= 1", self.prefetch_batches)
