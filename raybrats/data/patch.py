@@ -1,7 +1,9 @@
 """One draw -> one patch of a prepared case: placed at random, on a grid, a slice, or the whole."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from scipy import ndimage
@@ -15,8 +17,9 @@ Size = tuple[int, int, int]
 Row = dict[str, np.ndarray | int]
 """A patch as it travels to a worker, where `collate` makes batches of rows."""
 
-_PLACE = 0
-"""Purpose of the random numbers of a draw; changing its patch is another."""
+_PLACE, _FORCED = 0, 3
+"""Purposes of random numbers: placing a draw's patch, and which of some draws is forced; changing
+the patch has 1 and 2."""
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,27 @@ def draw_patch(
         corners = covering_grid(shape, rule.size, rule.data.grid_overlap)
         corner = corners[_nth(ordinal, len(corners), (rule.seed, case))]
     else:
-        forced = is_forced(draw, rule.data.foreground_share)
+        forced = is_forced(draw, rule.data.foreground_share, rule.seed)
         corner = choose_corner(prepared, rule, generator(rule.seed, draw, _PLACE), forced=forced)
     return cut(prepared, corner, rule.size)
 
 
-def is_forced(draw: int, share: float) -> bool:
-    """Whether a draw is centred on tumour: evenly, so that steps do not differ in how many are.
+def is_forced(draw: int, share: float, seed: int) -> bool:
+    """Whether a draw is centred on tumour: with a share of 1/n, one at random of each n in a row.
 
-    With a share of a half one of the two draws of a step is, never both or none (nnU-Net forces the
-    last `round(share * batch)` patches of every batch).
+    So of the two draws of a step with a share of a half it is one, never both or none (nnU-Net
+    forces the last `round(share * batch)` patches of every batch), and every rank has both kinds.
 
     Example:
-        >>> [is_forced(draw, 1 / 3) for draw in range(6)]
-        [False, False, True, False, False, True]
+        >>> [is_forced(draw, 1 / 2, seed=0) for draw in range(6)]
+        [False, True, True, False, True, False]
     """
-    return int((draw + 1) * share) > int(draw * share)
+    part = Fraction(share).limit_denominator(10**6)  # a third is one, not the float beside it
+    if not part:
+        return False
+    block = int(draw * part)
+    first, end = (math.ceil(number / part) for number in (block, block + 1))
+    return draw == first + int(generator(seed, block, _FORCED).integers(end - first))
 
 
 def choose_corner(

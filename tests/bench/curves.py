@@ -137,6 +137,9 @@ def draw(sides: Mapping[str, Sequence[Curve]], title: str) -> Figure:
     """Training loss to the left, held-out Dice to the right: every seed, the mean, its interval."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axis, kind in zip(figure.subplots(1, 2), ("loss", "Dice"), strict=True):
+        seen = [v for runs in sides.values() for c in runs for v in c.points()[kind].values()]
+        # the intervals of few seeds reach far beyond
+        axis.set_ylim(0.9 * min(seen) if kind == "loss" else 0, 1.1 * max(seen))
         for (side, curves), colour in zip(sides.items(), COLOURS, strict=False):
             for curve in curves:
                 points = curve.points()[kind]
@@ -152,7 +155,6 @@ def draw(sides: Mapping[str, Sequence[Curve]], title: str) -> Figure:
         axis.set_xlabel("step")
         axis.set_ylabel("training loss" if kind == "loss" else "mean Dice of held-out cases")
         axis.grid(alpha=0.3)
-    axis.set_ylim(bottom=0)
     axis.legend(loc="upper left")
     figure.suptitle(title, fontsize=9)
     return figure

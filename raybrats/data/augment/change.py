@@ -14,7 +14,7 @@ from raybrats.data.augment.resample import Warp
 from raybrats.data.plan import generator
 
 _PURPOSE = 1
-"""Purpose of the random numbers of a draw; placing its patch is 0."""
+"""Purpose of the random numbers of a draw; placing its patch has 0 and 3."""
 _PURPOSE_OF_DA5 = 2
 """Purpose of those for what nnU-Net's DA5 adds: what was drawn before there was any stays as it
 was."""
