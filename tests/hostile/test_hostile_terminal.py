@@ -23,6 +23,7 @@ from raybrats.terminal import Answer, complain, messages_shown, show
 
 RAYBRATS = Path(sys.executable).with_name("raybrats")
 HOSTILE = "case\x1b[31m\x9b2J\u202e\u2028[red]7[/red]:skull:\nraybrats: all is well\udc80\x7f"
+SELDOM = pytest.mark.skipif(not SOAK, reason="a driver more: make soak")
 ESCAPED = r"case\x1b[31m\x9b2J\u202e\u2028[red]7[/red]:skull:\nraybrats: all is well\udc80\x7f"
 
 
@@ -196,7 +197,7 @@ def test_a_traceback_that_cannot_be_kept_is_no_second_error(capfd, monkeypatch, 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("verbose", [False, pytest.param(True, marks=SELDOM)])
 def test_what_nodes_say_of_themselves_is_shown_only_where_it_is_asked_for(verbose, ray_cluster):
     program = (
         "import time\n"

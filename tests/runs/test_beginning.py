@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from faulty import SOAK
 from mlflow import MlflowClient
 
 from raybrats.config import override_all
@@ -11,7 +12,10 @@ from raybrats.errors import UsageError
 from raybrats.runs.run import train
 from raybrats.train import checkpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.mlflow]
+pytestmark = [
+    *(pytest.mark.ray, pytest.mark.mlflow, pytest.mark.slow),
+    pytest.mark.skipif(not SOAK, reason="four runs more; without Ray it is tested: make soak"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Networks and losses of a user's own on the cluster: they travel, or one line says why not."""
 
 import pytest
+from faulty import SOAK
 
 from raybrats.config import override_all
 from raybrats.errors import UsageError
@@ -35,6 +36,7 @@ def test_a_worker_that_lacks_the_code_says_how_it_comes_there(field):
 
 @pytest.mark.ray
 @pytest.mark.mlflow
+@pytest.mark.skipif(not SOAK, reason="two runs more: make soak")
 def test_two_workers_train_a_network_and_a_loss_of_the_users_own(two_workers):
     config = override_all(two_workers, {**OWN, "run.name": "own"})
     result = train(config)
