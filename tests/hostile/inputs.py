@@ -124,7 +124,6 @@ IDS = {
     "long": ["BraTS-GLI-00001-000" + "x" * 200],
     "markup": ["BraTS-GLI-00001-[red]000:skull:", "BraTS-GLI-00002-000"],
     "mixed": ["BraTS-GLI-00001-000", "BraTS-PED-00002-000"],
-    "two_sets": ["BraTS-GLI-00001-000", "BraTS-MET-00002-000"],
 }
 """Trees of cases of 2023 under other ids."""
 FILES: Mapping[str, Callable[[Path], object]] = {
