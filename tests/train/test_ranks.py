@@ -17,7 +17,7 @@ SELDOM = pytest.mark.skipif(not SOAK, reason="two processes more: make soak")
         (2, 2, {"loss.batch_dice": True}),
         (3, 4, {"loss.batch_dice": True, "loss.focal_weight": 0.5}),
         pytest.param(2, 4, {"optim.micro_batch": 1}, marks=SELDOM),
-        (3, 5, {"optim.micro_batch": 1}),
+        pytest.param(3, 5, {"optim.micro_batch": 1}, marks=SELDOM),
     ],
     ids=["each", "batch-dice", "uneven", "micro", "micro-uneven"],
 )
