@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 from raybrats.config import NetworkConfig
 
@@ -56,7 +57,15 @@ class _ConvNorm(nn.Module):
         self.nonlin = _ACTIVATION[config.activation]() if active else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.nonlin(self.norm(self.conv(x)))
+        x = self.conv(x)
+        if not isinstance(self.norm, nn.InstanceNorm2d | nn.InstanceNorm3d):
+            return self.nonlin(self.norm(x))
+        # `instance_norm` does the same and returns a view of it; to change that in place, autograd
+        # copies all of it twice more in the backward pass.
+        rows = x.reshape(1, -1, *x.shape[2:])
+        weight, bias = (each.repeat(len(x)) for each in (self.norm.weight, self.norm.bias))
+        normed = batch_norm(rows, None, None, weight, bias, training=True, eps=self.norm.eps)
+        return self.nonlin(normed).view(x.shape)
 
 
 class _Residual(nn.Module):

@@ -1,5 +1,6 @@
 """Our U-Nets are nnU-Net's: its names, its shapes, its first weights, and what they compute."""
 
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import nn
 
 from raybrats.config import NetworkConfig
 from raybrats.model.network import weights_of
-from raybrats.model.unet import UNet
+from raybrats.model.unet import UNet, _ConvNorm
 
 WIDTHS, STRIDES = (8, 16, 32, 40, 40), (1, 2, 2, 2, 2)
 BLOCKS = {
@@ -117,3 +118,49 @@ def test_max_pooling_takes_the_greatest_of_each_block():
     assert [pool.kernel_size for pool in pools] == [2]
     strides = {m.stride for m in network.encoder.modules() if isinstance(m, nn.Conv3d)}
     assert strides == {(1, 1, 1)}
+
+
+def nodes(outputs):
+    """The names of all nodes of the graph that autograd goes back over."""
+    found, ahead = set(), [output.grad_fn for output in outputs]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            ahead += [following for following, _ in node.next_functions]
+    return [type(node).__name__ for node in found]
+
+
+class Plainly(nn.Module):
+    """The same layers as `_ConvNorm`, one after another."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.conv, self.norm, self.nonlin = layers.conv, layers.norm, layers.nonlin
+
+    def forward(self, x):
+        return self.nonlin(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_norm_and_activation_copy_nothing_to_go_back_and_are_torchs_bit_for_bit(
+    name, dims, precision
+):
+    torch.manual_seed(0)
+    widths = (4, 8, 8)
+    network = UNet(NetworkConfig(name=name, widths=widths, deep_supervision=1), dims, 4, 3)
+    plain = copy.deepcopy(network)
+    for module in list(plain.modules()):
+        for child, layers in module.named_children():
+            if isinstance(layers, _ConvNorm):
+                setattr(module, child, Plainly(layers))
+    image = torch.randn(2, 4, *[16] * dims)
+    results, copies = [], []
+    for each in (network, plain):
+        with torch.autocast("cpu", precision, precision != torch.float32):
+            logits = each(image)
+        copies.append(nodes(logits).count("CopySlices"))
+        sum(head.float().square().mean() for head in logits).backward()
+        results.append([*logits, *(weight.grad for weight in each.parameters())])
+    torch.testing.assert_close(*results, atol=0, rtol=0)
+    assert copies[0] == 0 < copies[1]
