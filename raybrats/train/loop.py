@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed
@@ -41,7 +41,7 @@ class Pace:
     Example:
         >>> pace = Pace(global_batch=4)
         >>> for _ in range(2):
-        ...     pace.add(torch.tensor(0.3), seconds=0.5, wait_s=0.1)
+        ...     pace.add(seconds=0.5, wait_s=0.1)
         >>> pace.figures()
         {'patches_per_s': 8.0, 'step_s': 0.5, 'data_wait_fraction': 0.2}
     """
@@ -53,12 +53,9 @@ class Pace:
     """Seconds that the steps took together."""
     wait_s: float = 0.0
     """Seconds of them in which there was no batch."""
-    losses: list[Tensor] = field(default_factory=list)
-    """Losses of the steps, on the device."""
 
-    def add(self, loss: Tensor, seconds: float, wait_s: float) -> None:
+    def add(self, seconds: float, wait_s: float) -> None:
         """Counts a step."""
-        self.losses.append(loss)
         self.steps, self.seconds = self.steps + 1, self.seconds + seconds
         self.wait_s += wait_s
 
@@ -97,6 +94,7 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
     """
     config, metrics, coming = learner.config, {}, None
     pace, recent = Pace(config.optim.global_batch), Pace(config.optim.global_batch)
+    losses: list[Tensor] = []  # of the steps since the last figures, on the device
     feed = inputs(learner, batches)
     while True:
         if _is_due(learner):
@@ -109,10 +107,12 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
             hooks.save(metrics, ended)
             if ended:
                 return metrics
-        coming = _timed_step(learner, coming or next(feed), feed, (pace, recent))
+        loss, coming = _timed_step(learner, coming or next(feed), feed, (pace, recent))
+        losses.append(loss)
         if learner.step % LOG_EVERY_STEPS == 0 or learner.step == config.optim.steps:
-            hooks.log(_figures(learner, recent))
+            hooks.log(_figures(learner, losses, recent))
             recent = Pace(config.optim.global_batch)
+            losses.clear()
         if learner.step % config.run.save_every_steps == 0 and not _is_due(learner):
             hooks.save({}, False)
         hooks.check_in()
@@ -182,8 +182,8 @@ def _is_due(learner: Learner) -> bool:
 
 def _timed_step(
     learner: Learner, coming: Inputs, feed: Iterator[Inputs], paces: Sequence[Pace]
-) -> Inputs | None:
-    """The next batch, made ready while a step is done; None after the last step."""
+) -> tuple[Tensor, Inputs | None]:
+    """A step's loss, and the next batch, made ready meanwhile; None after the last step."""
     began = time.perf_counter()
     gpu = learner.device.type == "cuda"
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if gpu else []
@@ -198,14 +198,14 @@ def _timed_step(
     # On a GPU only what the device itself waited counts: between its last kernel and the next.
     wait_s = marks[0].elapsed_time(marks[1]) / 1e3 if gpu else following.wait_s if following else 0
     for pace in paces:
-        pace.add(loss, time.perf_counter() - began, wait_s)
-    return following
+        pace.add(time.perf_counter() - began, wait_s)
+    return loss, following
 
 
-def _figures(learner: Learner, pace: Pace) -> dict[str, float]:
-    """Loss of all ranks since the last figures, the pace, and memory and load of the device."""
-    losses = torch.stack(pace.losses)
-    loss = losses[torch.isfinite(losses)].mean()  # not those of steps that were skipped
+def _figures(learner: Learner, losses: Sequence[Tensor], pace: Pace) -> dict[str, float]:
+    """Mean of the losses over all ranks, the pace, and memory and load of the device."""
+    every = torch.stack(list(losses))
+    loss = every[torch.isfinite(every)].mean()  # not those of steps that were skipped
     world = world_size()
     if world > 1:
         torch.distributed.all_reduce(loss)
