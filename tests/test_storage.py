@@ -25,6 +25,7 @@ from fault_proxy import (
     trickle,
     truncate,
 )
+from faulty import SOAK
 from services import S3
 
 from raybrats import filesystem, storage
@@ -32,6 +33,7 @@ from raybrats.errors import ChangedObjectError, MissingObjectError, StorageError
 
 BLOB = os.urandom(300_000)
 BUSY = refusal(503, "SlowDown")
+MORE_FAULTS = (hang, stall, truncate, reset)
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
@@ -376,7 +378,7 @@ def test_a_fault_that_passes_costs_a_request_and_no_more(
 
 @pytest.mark.s3
 @pytest.mark.faults
-@pytest.mark.parametrize("fault", [hang, stall, trickle])
+@pytest.mark.parametrize("fault", [hang, trickle, *([stall] if SOAK else [])])
 def test_a_read_that_gets_nowhere_is_ended_and_tried_again(
     proxy: FaultProxy, blob_uri: str, impatient: Callable[[float], float], fault: Fault
 ):
@@ -391,7 +393,7 @@ def test_a_read_that_gets_nowhere_is_ended_and_tried_again(
 
 @pytest.mark.s3
 @pytest.mark.faults
-@pytest.mark.parametrize("fault", [BUSY, hang, stall, trickle, truncate, reset])
+@pytest.mark.parametrize("fault", [BUSY, trickle, *(MORE_FAULTS if SOAK else ())])
 def test_a_fault_that_stays_is_given_up_within_the_deadline(
     proxy: FaultProxy, blob_uri: str, impatient: Callable[[float], float], fault: Fault
 ):

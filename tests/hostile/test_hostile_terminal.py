@@ -141,8 +141,7 @@ def test_a_closed_stdout_is_not_the_next_file_that_is_opened(tmp_path):
 @pytest.mark.parametrize(
     "environment",
     [
-        {"PYTHONWARNINGS": "error"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONWARNINGS": "error", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         *([{"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}] if SOAK else []),
     ],
 )
