@@ -76,6 +76,10 @@ class Lead(Follower):
         self._gauges = gauges.Gauges(job.config.run.name, rejected)
         if resumed is not None:
             self._board.tell.remote(f"resumed at step {resumed.step}")
+        if job.config.cluster.compile:
+            self._log.log({"train/compiled": float(not learner.not_compiled)}, learner.step)
+            if learner.not_compiled:
+                self._board.tell.remote(learner.not_compiled)
 
     def log(self, figures: Mapping[str, float], tally: Mapping[str, float]) -> None:
         """Figures to MLflow; those of steps to the driver and to those who watch the cluster too.

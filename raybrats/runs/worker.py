@@ -29,7 +29,7 @@ from raybrats.runs.job import INITIAL, Job, Outcome
 from raybrats.runs.lead import Follower, Lead
 from raybrats.train import checkpoint, loop, parts
 from raybrats.train.checkpoint import Checkpoint, Written
-from raybrats.train.learner import Learner, new_learner
+from raybrats.train.learner import Learner, check_precision, new_learner
 from raybrats.train.loop import Hooks
 
 
@@ -43,11 +43,10 @@ def work(job: Job) -> Outcome:
         >>> work(job).step  # doctest: +SKIP
         150
     """
-    if job.config.of_others:
-        try:
-            agree(str, lambda _: _import(job.config))
-        except UsageError as error:
-            return Outcome(failure=error)
+    try:
+        agree(str, lambda _: _check(job.config))
+    except UsageError as error:
+        return Outcome(failure=error)
     return _work(job)
 
 
@@ -133,12 +132,15 @@ class _Worker:
             ray.train.report({"step": self._learner.step, **metrics})
 
 
-def _import(config: TrainConfig) -> None:
-    """Finds the network and the loss of a run where they are of others.
+def _check(config: TrainConfig) -> None:
+    """Looks whether this worker has what the run wants: the precision, networks of others.
 
     Raises:
-        UsageError: this node lacks one; it says how it comes to have it.
+        UsageError: it lacks one; it says how it comes to have it.
     """
+    check_precision(config, ray.train.torch.get_device())
+    if not config.of_others:
+        return
     try:
         num_bytes(config)
         loss_of(config)

@@ -1,5 +1,6 @@
 """A network while it learns: weights, optimiser, schedule, averages, and the state of them all."""
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,15 +10,17 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from raybrats.config import OptimConfig, TrainConfig
-from raybrats.errors import CheckpointError
+from raybrats.errors import CheckpointError, UsageError
 from raybrats.model.loss import loss_of
 from raybrats.model.network import heads, load_weights, network_of, weights_of
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Types that autocast computes in, by `optim.precision`; under fp32 there is no autocast."""
+_BF16_CAPABILITY = (8, 0)
+"""Compute capability from which NVIDIA's GPUs have bf16 (CUDA C++ Programming Guide)."""
 _PROGRESS = {
     "step": "step",
     "best": "best",
@@ -42,8 +45,12 @@ class Learner:
     loss: nn.Module
     scaler: torch.amp.GradScaler
     """Scales the loss under fp16; else it does nothing."""
-    average: AveragedModel | None = None
-    """Exponential moving average of the weights, where the run wants one."""
+    average: nn.Module | None = None
+    """The network with the exponential moving average of the weights, where the run wants one."""
+    averaged: int = 0
+    """Steps that the average has seen."""
+    not_compiled: str = ""
+    """Why the network is not compiled, where the run wants it."""
     step: int = 0
     """Steps that were done."""
     best: float = -1.0
@@ -63,7 +70,7 @@ class Learner:
     @property
     def validated(self) -> nn.Module:
         """The network that is validated and registered."""
-        return self.average.module if self.average is not None else self.bare
+        return self.bare if self.average is None else self.average
 
     def in_memory_format(self, image: Tensor) -> Tensor:
         """The image (batch, modality, i, j, k) in the memory format of the network's weights."""
@@ -90,7 +97,7 @@ class Learner:
         }
         if self.average is not None:
             state["raw_weights"] = weights_of(self.bare)
-            state["averaged"] = int(self.average.n_averaged)
+            state["averaged"] = self.averaged
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return state
@@ -104,6 +111,23 @@ class Learner:
         better = mean_dice > self.best
         self.validations_since_best = 0 if better else self.validations_since_best + 1
         self.best, self.validated_at = max(self.best, mean_dice), self.step
+
+    def add_to_average(self) -> None:
+        """Moves the average of the weights, if there is one, by the step that was done.
+
+        torch's AveragedModel does the same, but asks the device three times how often it has.
+        """
+        if self.average is None:
+            return
+        with torch.no_grad():
+            averages, weights = (list(n.parameters()) for n in (self.average, self.bare))
+            if self.averaged:
+                get_ema_multi_avg_fn(self.config.optim.ema_decay)(averages, weights, self.averaged)
+            else:
+                load_weights(self.average, weights_of(self.bare))
+            for kept, buffer in zip(self.average.buffers(), self.bare.buffers(), strict=True):
+                kept.copy_(buffer)
+        self.averaged += 1
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
         """Takes over the weights that there are, before the first step."""
@@ -130,9 +154,9 @@ class Learner:
         _require_state(self, state, progress)
         load_weights(self.bare, state.get("raw_weights", weights))
         if self.average is not None:
-            load_weights(self.average.module, weights)
-            self.average.n_averaged.fill_(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            load_weights(self.average, weights)
+            self.averaged = state["averaged"]
+        self.optimizer.load_state_dict(_by_own_kernels(self.optimizer, state["optimizer"]))
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["torch_rng"])
         if self.device.type == "cuda" and "cuda_rng" in state:
@@ -140,6 +164,26 @@ class Learner:
         for name, stored in _PROGRESS.items():
             setattr(self, name, progress[stored])
         self.cached = {name: value for name, value in progress.items() if name.startswith("cache/")}
+
+
+def check_precision(config: TrainConfig, device: torch.device) -> None:
+    """Refuses a precision that the device has no arithmetic for: torch would emulate it, slowly.
+
+    Raises:
+        UsageError: it is bf16 on a GPU below compute capability 8.0 (NVIDIA's table of types).
+
+    Example:
+        >>> check_precision(TrainConfig(), torch.device("cpu"))
+    """
+    if device.type != "cuda" or config.optim.precision != "bf16" or torch.version.hip:
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _BF16_CAPABILITY:
+        raise UsageError(
+            f"optim.precision is bf16, for which {torch.cuda.get_device_name(device)} has no "
+            f"arithmetic (compute capability {capability[0]}.{capability[1]}); "
+            "take --optim.precision fp16"
+        )
 
 
 def new_learner(config: TrainConfig, device: torch.device) -> Learner:
@@ -155,15 +199,14 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
     network = network_of(config)
     # ty: torch declares `memory_format` for tensors only.
     network = network.to(device, memory_format=_memory_format(config))  # ty: ignore[no-matching-overload]
-    average = None
-    if config.optim.ema_decay > 0:
-        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema_decay))
+    average = copy.deepcopy(network) if config.optim.ema_decay > 0 else None
     learner = Learner(
         config=config,
         device=device,
         network=network,
         bare=network,
-        optimizer=_optimizer(config.optim, network),
+        # on a CPU torch's own choice, so that runs from before end with the same bits
+        optimizer=_optimizer(config.optim, network, fused=device.type == "cuda" or None),
         loss=loss_of(config).to(device),
         scaler=torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
         average=average,
@@ -212,7 +255,10 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     return config.lr * (1 - done) ** config.poly_power
 
 
-def _optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(
+    config: OptimConfig, network: nn.Module, *, fused: bool | None
+) -> torch.optim.Optimizer:
+    """The optimiser of a network; `fused` where one kernel does all that it does to a weight."""
     if config.name == "sgd":
         return torch.optim.SGD(
             network.parameters(),
@@ -220,8 +266,17 @@ def _optimizer(config: OptimConfig, network: nn.Module) -> torch.optim.Optimizer
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=True,
+            fused=fused,
         )
-    return torch.optim.AdamW(network.parameters(), config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        network.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused
+    )
+
+
+def _by_own_kernels(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's state with this one's choice of kernels: it may come from another device."""
+    own = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
+    return {**state, "param_groups": [{**group, **own} for group in state["param_groups"]]}
 
 
 def _memory_format(config: TrainConfig) -> torch.memory_format:
@@ -243,12 +298,12 @@ def _compiled(learner: Learner) -> nn.Module:
             output = heads(compiled(learner.in_memory_format(patch.to(learner.device))))
         torch.stack([head.float().mean() for head in output]).sum().backward()
     except Exception as error:  # whatever a compiler fails with, the network itself still works
-        words = str(error).strip().splitlines() or [""]
-        warnings.warn(
-            f"torch.compile failed ({type(error).__name__}: {words[0][:200]}); "
-            "training goes on without it, as with cluster.compile false",
-            stacklevel=2,
+        words = " ".join(str(error).split("\n")[:2])  # the first often ends with "raised:"
+        learner.not_compiled = (
+            f"torch.compile failed ({type(error).__name__}: {words[:200]}); "
+            "training goes on without it, as with cluster.compile false"
         )
+        warnings.warn(learner.not_compiled, stacklevel=2)
         compiled = learner.bare
     learner.optimizer.zero_grad(set_to_none=True)
     return compiled

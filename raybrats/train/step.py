@@ -150,8 +150,7 @@ def update(learner: Learner) -> None:
     if torch.isfinite(norm):
         learner.scaler.step(learner.optimizer)
         learner.skipped_in_a_row.clear()
-        if learner.average is not None:
-            learner.average.update_parameters(learner.bare)
+        learner.add_to_average()
     else:
         learner.skipped += 1
         learner.skipped_in_a_row.append(learner.step - 1)

@@ -1,6 +1,9 @@
 """A network that learns: schedules, averages, precision, layout, and states that are refused."""
 
+import copy
+import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ from ranks import CASES, CONFIG, CPU, batches, steps
 from raybrats.config import OptimConfig, override, override_all
 from raybrats.errors import UsageError
 from raybrats.model.network import weights_of
+from raybrats.train import learner as learning
 from raybrats.train import loop
-from raybrats.train.learner import learning_rate, new_learner
+from raybrats.train.learner import check_precision, learning_rate, new_learner
 from raybrats.train.step import train_step
 
 
@@ -83,6 +87,8 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch):
     with pytest.warns(UserWarning, match="compile failed.*goes on without it"):
         learner = new_learner(config, CPU)
     assert learner.network is learner.bare
+    assert "torch.compile failed (" in learner.not_compiled
+    assert "no compiler" in learner.not_compiled
     assert all(p.grad is None for p in learner.bare.parameters())
     expected = steps(CONFIG, 2)[1]
     given_batches = batches(config, CASES, (0, 1, 0))
@@ -132,3 +138,33 @@ def test_a_validation_that_did_not_come_about_is_made_up_for(at):
     assert done[:2] == [at, (True, at == 12)]
     assert done[-2:] == [12, (True, True)]
     assert learner.validated_at == 12
+
+
+def test_bf16_is_refused_where_a_gpu_would_emulate_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    gpu = torch.device("cuda", 0)
+    for capability, refused in (((7, 5), True), ((8, 0), False), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, it=capability: it)
+        with pytest.raises(UsageError, match=r"V100.* 7\.5.*fp16") if refused else nullcontext():
+            check_precision(override(CONFIG, "optim.precision", "bf16"), gpu)
+        check_precision(override(CONFIG, "optim.precision", "fp16"), gpu)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_state_of_another_devices_kernels_goes_on_by_ones_own(name, monkeypatch):
+    """On a GPU the optimiser is one kernel; its checkpoints and those of a CPU are alike."""
+    config = override(CONFIG, "optim.name", name)
+    plain, _ = steps(config, 3)
+    kernels = learning._optimizer
+    monkeypatch.setattr(learning, "_optimizer", lambda *of, **_: kernels(*of, fused=True))
+    fused = new_learner(config, CPU)
+    fused.restore(plain.weights(), copy.deepcopy(plain.state()), plain.progress())
+    assert fused.optimizer.param_groups[0]["fused"] is True
+    monkeypatch.undo()
+    back = new_learner(config, CPU)
+    given_batches = [next(batches(config, CASES, (0, 1, 3))) for _ in range(2)]
+    losses = [float(train_step(fused, batch)) for batch in given_batches]
+    assert losses == pytest.approx([float(train_step(plain, b)) for b in given_batches], rel=1e-5)
+    back.restore(fused.weights(), fused.state(), fused.progress())
+    assert back.optimizer.param_groups[0]["fused"] is None
+    assert math.isfinite(train_step(back, given_batches[0]))
