@@ -133,14 +133,22 @@ class _Worker:
 
 
 def _check(config: TrainConfig) -> None:
-    """Looks whether this worker has what the run wants: the precision, networks of others.
+    """Looks whether this worker has what the run wants.
 
     Raises:
-        UsageError: it lacks one; it says how it comes to have it.
+        UsageError: it lacks the precision, or a network or a loss of others.
     """
     check_precision(config, ray.train.torch.get_device())
-    if not config.of_others:
-        return
+    if config.of_others:
+        _import(config)
+
+
+def _import(config: TrainConfig) -> None:
+    """Finds the network and the loss of a run where they are of others.
+
+    Raises:
+        UsageError: this node lacks one; it says how it comes to have it.
+    """
     try:
         num_bytes(config)
         loss_of(config)
