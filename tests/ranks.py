@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch.nn.parallel import DistributedDataParallel
 
 from raybrats.config import (
     AugmentConfig,
@@ -27,7 +26,7 @@ from raybrats.data.plan import Plan
 from raybrats.data.prepare import Prepared, prepare
 from raybrats.phantom.phantom import make_phantom
 from raybrats.train import checkpoint, loop
-from raybrats.train.learner import Learner, new_learner
+from raybrats.train.learner import Learner, make_ready, new_learner
 from raybrats.train.loop import Hooks
 from raybrats.train.saver import Saver
 from raybrats.train.step import train_step
@@ -106,7 +105,7 @@ def train_rank(
         learner.restore(found.weights, found.state, found.progress)
     if world > 1:
         torch.distributed.barrier()  # nobody writes before all have read
-        learner.network = DistributedDataParallel(learner.bare)
+    make_ready(learner)
     saver = Saver(str(folder), resumed=found)
     loop.LOG_EVERY_STEPS = 1
     given = batches(config, cases, (rank, world, learner.step))

@@ -12,7 +12,6 @@ import ray.train.torch
 import torch
 import torch.distributed
 from ray.exceptions import RayError
-from torch.nn.parallel import DistributedDataParallel
 
 from raybrats import storage
 from raybrats.config import TrainConfig, digest
@@ -29,7 +28,7 @@ from raybrats.runs.job import INITIAL, Job, Outcome
 from raybrats.runs.lead import Follower, Lead
 from raybrats.train import checkpoint, loop, parts
 from raybrats.train.checkpoint import Checkpoint, Written
-from raybrats.train.learner import Learner, check_precision, new_learner
+from raybrats.train.learner import Learner, check_precision, make_ready, new_learner
 from raybrats.train.loop import Hooks
 
 
@@ -65,9 +64,7 @@ def _work(job: Job) -> Outcome:
         if found is None and job.config.network.init_from:
             place = storage.join(job.run_uri, INITIAL)
             learner.begin(parts.tensors(storage.read_bytes(place), place))
-        if world > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            learner.network = DistributedDataParallel(learner.network, device_ids=ids)
+        make_ready(learner)
         steps = Assignment(rank, world, learner.step, job.config.optim.steps, job.data_cpus)
         lead = Lead(job, learner, found, rejected) if rank == 0 else Follower()
         return _Worker(job, learner, steps, lead).run()

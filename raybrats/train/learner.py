@@ -4,12 +4,14 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from raybrats.config import OptimConfig, TrainConfig
@@ -38,7 +40,7 @@ class Learner:
     config: TrainConfig
     device: torch.device
     network: nn.Module
-    """The network that is called in training: compiled, in a DDP wrapper, or the bare one."""
+    """The network that is called in training: compiled, in a wrapper, or the bare one."""
     bare: nn.Module
     """The same network without a wrapper."""
     optimizer: torch.optim.Optimizer
@@ -51,6 +53,8 @@ class Learner:
     """Steps that the average has seen."""
     not_compiled: str = ""
     """Why the network is not compiled, where the run wants it."""
+    ddp: DistributedDataParallel | None = None
+    """The wrapper in which ranks exchange gradients, where there are several."""
     step: int = 0
     """Steps that were done."""
     best: float = -1.0
@@ -83,6 +87,10 @@ class Learner:
         precision = self.config.optim.precision
         kind = PRECISIONS.get(precision, torch.bfloat16)
         return torch.autocast(self.device.type, kind, precision in PRECISIONS)
+
+    def exchange(self, *, on: bool) -> AbstractContextManager[None]:
+        """The context of a forward and a backward pass in which ranks exchange gradients or not."""
+        return self.ddp.no_sync() if self.ddp is not None and not on else nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that are validated and registered."""
@@ -211,9 +219,27 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
         scaler=torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
         average=average,
     )
-    if config.cluster.compile:
-        learner.network = _compiled(learner)
     return learner
+
+
+def make_ready(learner: Learner) -> None:
+    """Wraps the network for the ranks that train together, then compiles it if the run says so.
+
+    In this order torch splits the graph where DDP's buckets end, and exchanges a bucket while the
+    rest is computed. Every rank calls this, or none.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> learner = new_learner(tiny(), torch.device("cpu"))
+        >>> make_ready(learner)
+        >>> learner.network is learner.bare
+        True
+    """
+    if world_size() > 1:
+        ids = [learner.device.index] if learner.device.type == "cuda" else None
+        learner.network = learner.ddp = DistributedDataParallel(learner.bare, device_ids=ids)
+    if learner.config.cluster.compile:
+        _compile(learner)
 
 
 def progress_to_continue(progress: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,28 +311,38 @@ def _memory_format(config: TrainConfig) -> torch.memory_format:
     return torch.channels_last_3d if config.spatial_dims == 3 else torch.channels_last
 
 
-def _compiled(learner: Learner) -> nn.Module:
-    """The network compiled and tried on a batch, which warms it up; the bare one if that fails."""
+def _compile(learner: Learner) -> None:
+    """Compiles the network and tries it on a batch, which warms it up.
+
+    Where that fails on one rank, all go on without: those that compile and those that do not would
+    exchange other buckets.
+    """
     config = learner.config
-    compiled = torch.compile(learner.bare, dynamic=False)
+    compiled = torch.compile(learner.network, dynamic=False)
     assert isinstance(compiled, nn.Module), "of a module, torch compiles a module"
     most = -(-config.optim.global_batch // world_size())
     size = min(most, config.optim.micro_batch or most)  # of the step's batches: else made anew
     patch = torch.zeros(size, len(config.data.modalities), *config.data.patch_size)
+    failed = [""]
     try:
-        with learner.autocast():
+        with learner.exchange(on=False), learner.autocast():
             output = heads(compiled(learner.in_memory_format(patch.to(learner.device))))
         torch.stack([head.float().mean() for head in output]).sum().backward()
     except Exception as error:  # whatever a compiler fails with, the network itself still works
         words = " ".join(str(error).split("\n")[:2])  # the first often ends with "raised:"
+        failed = [f"{type(error).__name__}: {words[:200]}"]
+    learner.optimizer.zero_grad(set_to_none=True)
+    if world_size() > 1:
+        mine, failed = failed[0], [""] * world_size()
+        torch.distributed.all_gather_object(failed, mine)
+    for words in filter(None, failed):
         learner.not_compiled = (
-            f"torch.compile failed ({type(error).__name__}: {words[:200]}); "
+            f"torch.compile failed ({words}); "
             "training goes on without it, as with cluster.compile false"
         )
-        warnings.warn(learner.not_compiled, stacklevel=2)
-        compiled = learner.bare
-    learner.optimizer.zero_grad(set_to_none=True)
-    return compiled
+        warnings.warn(learner.not_compiled, stacklevel=3)
+        return
+    learner.network = compiled
 
 
 def _require_state(learner: Learner, state: Mapping[str, Any], progress: Mapping[str, Any]) -> None:

@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from raybrats.data.augment.augment import augment
 from raybrats.data.batch import Batch, normalise
@@ -116,7 +115,7 @@ def backward(learner: Learner, coming: Inputs) -> Tensor:
         weight = len(image) * world / batch
         if not weight:  # the others have one more: DDP's exchanges must stay in step
             image, label = images[0], labels[0]
-        with _exchange(learner.network, number == pieces):
+        with learner.exchange(on=number == pieces):
             with learner.autocast():
                 logits = heads(learner.network(image))
                 loss = learner.loss(logits, label, weight=weight, fraction=1 / pieces)
@@ -167,12 +166,6 @@ def _take_over(coming: Inputs) -> None:
         stream.wait_event(coming.ready)
         for tensor in coming[:2]:
             tensor.record_stream(stream)
-
-
-def _exchange(network: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """The context in which DDP exchanges gradients in the last micro-batch only."""
-    ddp = isinstance(network, DistributedDataParallel)
-    return network.no_sync() if ddp and not last else nullcontext()
 
 
 def _diverged(learner: Learner) -> str:

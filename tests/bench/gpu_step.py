@@ -41,7 +41,7 @@ import step
 import torch
 
 from raybrats.config import TrainConfig
-from raybrats.train.learner import new_learner
+from raybrats.train.learner import make_ready, new_learner
 from raybrats.train.step import train_step
 
 LAYOUTS = ("contiguous", "channels_last_3d")
@@ -101,6 +101,7 @@ def measured(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         with tuned(row.engine == "tuned"), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             learner = new_learner(row.config(options.edge), device)
+            make_ready(learner)
             batch, timing = (
                 step.random_batch(row.batch, options.edge),
                 step.Timing(1, options.steps, warm),

@@ -16,7 +16,7 @@ from raybrats.errors import UsageError
 from raybrats.model.network import weights_of
 from raybrats.train import learner as learning
 from raybrats.train import loop
-from raybrats.train.learner import check_precision, learning_rate, new_learner
+from raybrats.train.learner import check_precision, learning_rate, make_ready, new_learner
 from raybrats.train.step import train_step
 
 
@@ -84,8 +84,9 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch):
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
     torch._dynamo.reset()
     config = override(CONFIG, "cluster.compile", True)
+    learner = new_learner(config, CPU)
     with pytest.warns(UserWarning, match="compile failed.*goes on without it"):
-        learner = new_learner(config, CPU)
+        make_ready(learner)
     assert learner.network is learner.bare
     assert "torch.compile failed (" in learner.not_compiled
     assert "no compiler" in learner.not_compiled

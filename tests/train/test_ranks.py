@@ -1,11 +1,18 @@
 """Several ranks learn what one would: without Ray, in processes of their own."""
 
+import json
+
 import pytest
 import torch
+import torch.distributed
 from faulty import SOAK
-from ranks import CONFIG, losses, steps, together, train_rank, weights
+from ranks import CONFIG, CPU, batches, losses, steps, together, train_rank, weights
+from torch._dynamo.backends.debugging import aot_eager
 
 from raybrats.config import override, override_all
+from raybrats.train import loop
+from raybrats.train.learner import make_ready, new_learner
+from raybrats.train.step import train_step
 
 SELDOM = pytest.mark.skipif(not SOAK, reason="two processes more: make soak")
 
@@ -42,3 +49,52 @@ def test_a_dice_over_the_batch_with_micro_batches_is_the_same_on_all_ranks(tmp_p
 def test_workers_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(ValueError, match=r"multiple of cluster\.workers"):
         override_all(CONFIG, {"cluster.workers": 3, "optim.global_batch": 4})
+
+
+def compiled_rank(rank, world, cases, folder, config, broken):
+    """Two steps of a compiled network, a validation, a step: graphs after each, and the losses.
+
+    The compiler of the rank `broken` fails.
+    """
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    graphs, compiler = [], torch.compile
+
+    def backend(graph, examples):
+        if rank == broken:
+            raise RuntimeError("no compiler here")
+        graphs.append(graph)
+        return aot_eager(graph, examples)
+
+    torch.compile = lambda network, **settings: compiler(network, backend=backend, **settings)
+    learner = new_learner(config, CPU)
+    make_ready(learner)
+    given, counts, found = batches(config, cases, (rank, world, 0)), [len(graphs)], []
+    for validates in (False, True, False):
+        found.append(float(train_step(learner, next(given))))
+        if validates:
+            loop.validate(learner, cases[:1])
+        counts.append(len(graphs))
+    result = {"graphs": counts, "losses": found, "said": learner.not_compiled}
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+
+
+@pytest.mark.parametrize("broken", [None, 1])
+def test_ranks_compile_what_lies_between_ddps_buckets_or_none_of_them_does(tmp_path, broken):
+    changes = {"network.widths": (8, 16, 32, 64), "optim.global_batch": 2, "optim.micro_batch": 1}
+    config = override_all(CONFIG, {**changes, "cluster.workers": 2, "cluster.compile": True})
+    assert together(2, compiled_rank, tmp_path, config, broken) == [0, 0]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    whole = steps(override(config, "cluster.compile", False), 3)[1]
+    total = [sum(pair) / 2 for pair in zip(*(rank["losses"] for rank in ranks), strict=True)]
+    assert total == pytest.approx(whole, rel=1e-4)
+    if broken is None:
+        assert ranks[0]["graphs"] == ranks[1]["graphs"]
+        first, *later = ranks[0]["graphs"]
+        assert first > 1, "1.4 MB of weights are two buckets: DDP's first one is of 1 MB"
+        assert later == [first] * 3
+        assert not any(rank["said"] for rank in ranks)
+    else:
+        assert all("no compiler here" in rank["said"] for rank in ranks)
+        assert ranks[1]["graphs"] == [0] * 4
