@@ -21,6 +21,7 @@ from raybrats.data.plan import Plan
 from raybrats.data.prepare import Prepared
 from raybrats.data.stream import Assignment, Stream
 from raybrats.errors import CheckpointError, DivergedError, RaybratsError, UsageError, cause_of
+from raybrats.model.cost import check_memory
 from raybrats.model.loss import loss_of
 from raybrats.model.network import num_bytes
 from raybrats.runs.agree import agree
@@ -133,9 +134,12 @@ def _check(config: TrainConfig) -> None:
     """Looks whether this worker has what the run wants.
 
     Raises:
-        UsageError: it lacks the precision, or a network or a loss of others.
+        UsageError: it lacks the precision, the memory, or a network or a loss of others.
     """
-    check_precision(config, ray.train.torch.get_device())
+    device = ray.train.torch.get_device()
+    check_precision(config, device)
+    if device.type == "cuda" and not config.cluster.compile:  # a compiler may keep less
+        check_memory(config, torch.cuda.get_device_properties(device).total_memory)
     if config.of_others:
         _import(config)
 
