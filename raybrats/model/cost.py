@@ -93,8 +93,13 @@ def memory(config: TrainConfig) -> Memory:
     )
 
 
-def check_memory(config: TrainConfig, device_bytes: int) -> None:
+def check_memory(config: TrainConfig, device_bytes: int, ranks: int = 1) -> None:
     """Refuses a run whose step a device cannot hold.
+
+    Args:
+        config: the run.
+        device_bytes: all that the device has.
+        ranks: among which the batch is divided.
 
     Raises:
         UsageError: with what it needs, and the field that makes it fit.
@@ -108,7 +113,7 @@ def check_memory(config: TrainConfig, device_bytes: int) -> None:
         raybrats.errors.UsageError: a step holds 4.5 GB at least, and the GPU has 4.0; take ...
     """
     needs = memory(config)
-    all_at_once = -(-config.optim.global_batch // config.cluster.workers)
+    all_at_once = -(-config.optim.global_batch // ranks)
     patches = min(all_at_once, config.optim.micro_batch or all_at_once)
     if needs.of(patches) <= device_bytes:
         return

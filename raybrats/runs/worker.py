@@ -29,7 +29,7 @@ from raybrats.runs.job import INITIAL, Job, Outcome
 from raybrats.runs.lead import Follower, Lead
 from raybrats.train import checkpoint, loop, parts
 from raybrats.train.checkpoint import Checkpoint, Written
-from raybrats.train.learner import Learner, check_precision, make_ready, new_learner
+from raybrats.train.learner import Learner, check_precision, make_ready, new_learner, world_size
 from raybrats.train.loop import Hooks
 
 
@@ -138,10 +138,12 @@ def _check(config: TrainConfig) -> None:
     """
     device = ray.train.torch.get_device()
     check_precision(config, device)
-    if device.type == "cuda" and not config.cluster.compile:  # a compiler may keep less
-        check_memory(config, torch.cuda.get_device_properties(device).total_memory)
     if config.of_others:
         _import(config)
+    elif device.type == "cuda" and config.data.sampling != "volume" and not config.cluster.compile:
+        # Sizes of whole cases are not known before; a compiler may keep less.
+        there = torch.cuda.get_device_properties(device).total_memory
+        check_memory(config, there, world_size())
 
 
 def _import(config: TrainConfig) -> None:

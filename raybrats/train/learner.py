@@ -325,9 +325,10 @@ def _compile(learner: Learner) -> None:
     patch = torch.zeros(size, len(config.data.modalities), *config.data.patch_size)
     failed = [""]
     try:
-        with learner.exchange(on=False), learner.autocast():
-            output = heads(compiled(learner.in_memory_format(patch.to(learner.device))))
-        torch.stack([head.float().mean() for head in output]).sum().backward()
+        with learner.exchange(on=False):
+            with learner.autocast():
+                output = heads(compiled(learner.in_memory_format(patch.to(learner.device))))
+            torch.stack([head.float().mean() for head in output]).sum().backward()
     except Exception as error:  # whatever a compiler fails with, the network itself still works
         words = " ".join(str(error).split("\n")[:2])  # the first often ends with "raised:"
         failed = [f"{type(error).__name__}: {words[:200]}"]
