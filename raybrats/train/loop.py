@@ -88,9 +88,9 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
         >>> from raybrats.train.learner import new_learner
         >>> learner = new_learner(tiny(), torch.device("cpu"))
         >>> learner.step = learner.config.optim.steps  # only the last validation is left to do
-        >>> hooks = Hooks(lambda: [[0.9, 0.8, 0.7]], print, lambda *_: None, lambda: None)
+        >>> hooks = Hooks(lambda: [[0.75, 0.5, 0.25]], print, lambda *_: None, lambda: None)
         >>> metrics = run(learner, [], hooks)
-        {'val/dice_WT': 0.9, 'val/dice_TC': 0.8, 'val/dice_ET': 0.7, 'val/dice_mean': 0.8...}
+        {'val/dice_WT': 0.75, 'val/dice_TC': 0.5, 'val/dice_ET': 0.25, 'val/dice_mean': 0.5}
     """
     config, metrics, coming = learner.config, {}, None
     pace, recent = Pace(config.optim.global_batch), Pace(config.optim.global_batch)
