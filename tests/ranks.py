@@ -26,8 +26,9 @@ from raybrats.data.plan import Plan
 from raybrats.data.prepare import Prepared, prepare
 from raybrats.phantom.phantom import make_phantom
 from raybrats.train import checkpoint, loop
-from raybrats.train.learner import Learner, make_ready, new_learner
+from raybrats.train.learner import Learner, new_learner
 from raybrats.train.loop import Hooks
+from raybrats.train.ranks import make_ready
 from raybrats.train.saver import Saver
 from raybrats.train.step import train_step
 

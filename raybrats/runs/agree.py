@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch.distributed
 
 from raybrats.errors import RaybratsError
-from raybrats.train.learner import world_size
+from raybrats.train.ranks import world_size
 
 T = TypeVar("T")
 

@@ -29,8 +29,9 @@ from raybrats.runs.job import INITIAL, Job, Outcome
 from raybrats.runs.lead import Follower, Lead
 from raybrats.train import checkpoint, loop, parts
 from raybrats.train.checkpoint import Checkpoint, Written
-from raybrats.train.learner import Learner, check_precision, make_ready, new_learner, world_size
+from raybrats.train.learner import Learner, new_learner
 from raybrats.train.loop import Hooks
+from raybrats.train.ranks import check_precision, make_ready, world_size
 
 
 def work(job: Job) -> Outcome:

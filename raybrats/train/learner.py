@@ -1,9 +1,7 @@
 """A network while it learns: weights, optimiser, schedule, averages, and the state of them all."""
 
 import copy
-import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,15 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from raybrats.config import OptimConfig, TrainConfig
-from raybrats.errors import CheckpointError, UsageError
+from raybrats.config import TrainConfig
+from raybrats.errors import CheckpointError
 from raybrats.model.loss import loss_of
-from raybrats.model.network import heads, load_weights, network_of, weights_of
+from raybrats.model.network import load_weights, network_of, weights_of
+from raybrats.train.optimizer import new_optimizer, optimizer_mismatches, with_own_kernels
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Types that autocast computes in, by `optim.precision`; under fp32 there is no autocast."""
-_BF16_CAPABILITY = (8, 0)
-"""Compute capability from which NVIDIA's GPUs have bf16 (CUDA C++ Programming Guide)."""
 _PROGRESS = {
     "step": "step",
     "best": "best",
@@ -127,14 +124,13 @@ class Learner:
         """
         if self.average is None:
             return
-        with torch.no_grad():
+        if self.averaged:
             averages, weights = (list(n.parameters()) for n in (self.average, self.bare))
-            if self.averaged:
-                get_ema_multi_avg_fn(self.config.optim.ema_decay)(averages, weights, self.averaged)
-            else:
-                load_weights(self.average, weights_of(self.bare))
+            get_ema_multi_avg_fn(self.config.optim.ema_decay)(averages, weights, self.averaged)
             for kept, buffer in zip(self.average.buffers(), self.bare.buffers(), strict=True):
                 kept.copy_(buffer)
+        else:
+            load_weights(self.average, weights_of(self.bare))
         self.averaged += 1
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
@@ -164,7 +160,7 @@ class Learner:
         if self.average is not None:
             load_weights(self.average, weights)
             self.averaged = state["averaged"]
-        self.optimizer.load_state_dict(_by_own_kernels(self.optimizer, state["optimizer"]))
+        self.optimizer.load_state_dict(with_own_kernels(self.optimizer, state["optimizer"]))
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["torch_rng"])
         if self.device.type == "cuda" and "cuda_rng" in state:
@@ -172,26 +168,6 @@ class Learner:
         for name, stored in _PROGRESS.items():
             setattr(self, name, progress[stored])
         self.cached = {name: value for name, value in progress.items() if name.startswith("cache/")}
-
-
-def check_precision(config: TrainConfig, device: torch.device) -> None:
-    """Refuses a precision that the device has no arithmetic for: torch would emulate it, slowly.
-
-    Raises:
-        UsageError: it is bf16 on a GPU below compute capability 8.0 (NVIDIA's table of types).
-
-    Example:
-        >>> check_precision(TrainConfig(), torch.device("cpu"))
-    """
-    if device.type != "cuda" or config.optim.precision != "bf16" or torch.version.hip:
-        return
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _BF16_CAPABILITY:
-        raise UsageError(
-            f"optim.precision is bf16, for which {torch.cuda.get_device_name(device)} has no "
-            f"arithmetic (compute capability {capability[0]}.{capability[1]}); "
-            "take --optim.precision fp16"
-        )
 
 
 def new_learner(config: TrainConfig, device: torch.device) -> Learner:
@@ -208,38 +184,17 @@ def new_learner(config: TrainConfig, device: torch.device) -> Learner:
     # ty: torch declares `memory_format` for tensors only.
     network = network.to(device, memory_format=_memory_format(config))  # ty: ignore[no-matching-overload]
     average = copy.deepcopy(network) if config.optim.ema_decay > 0 else None
-    learner = Learner(
+    return Learner(
         config=config,
         device=device,
         network=network,
         bare=network,
         # on a CPU torch's own choice, so that runs from before end with the same bits
-        optimizer=_optimizer(config.optim, network, fused=device.type == "cuda" or None),
+        optimizer=new_optimizer(config.optim, network, fused=device.type == "cuda" or None),
         loss=loss_of(config).to(device),
         scaler=torch.amp.GradScaler(device.type, enabled=config.optim.precision == "fp16"),
         average=average,
     )
-    return learner
-
-
-def make_ready(learner: Learner) -> None:
-    """Wraps the network for the ranks that train together, then compiles it if the run says so.
-
-    In this order torch splits the graph where DDP's buckets end, and exchanges a bucket while the
-    rest is computed. Every rank calls this, or none.
-
-    Example:
-        >>> from raybrats.recipes import tiny
-        >>> learner = new_learner(tiny(), torch.device("cpu"))
-        >>> make_ready(learner)
-        >>> learner.network is learner.bare
-        True
-    """
-    if world_size() > 1:
-        ids = [learner.device.index] if learner.device.type == "cuda" else None
-        learner.network = learner.ddp = DistributedDataParallel(learner.bare, device_ids=ids)
-    if learner.config.cluster.compile:
-        _compile(learner)
 
 
 def progress_to_continue(progress: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,95 +210,10 @@ def progress_to_continue(progress: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {_PROGRESS["validations_since_best"]: 0}
 
 
-def world_size() -> int:
-    """The number of ranks that train together.
-
-    Example:
-        >>> world_size()
-        1
-    """
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def learning_rate(config: OptimConfig, step: int) -> float:
-    """The rate of a step: it rises over the warm-up, then falls to 0 at the end of the run.
-
-    Example:
-        >>> config = OptimConfig(lr=0.1, steps=1000, warmup_steps=10)
-        >>> [round(learning_rate(config, step), 4) for step in (0, 9, 10, 505, 1000)]
-        [0.01, 0.1, 0.1, 0.0536, 0.0]
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    if config.schedule == "cosine":
-        return config.lr * (1 + math.cos(math.pi * done)) / 2
-    return config.lr * (1 - done) ** config.poly_power
-
-
-def _optimizer(
-    config: OptimConfig, network: nn.Module, *, fused: bool | None
-) -> torch.optim.Optimizer:
-    """The optimiser of a network; `fused` where one kernel does all that it does to a weight."""
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            network.parameters(),
-            config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=True,
-            fused=fused,
-        )
-    return torch.optim.AdamW(
-        network.parameters(), config.lr, weight_decay=config.weight_decay, fused=fused
-    )
-
-
-def _by_own_kernels(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimiser's state with this one's choice of kernels: it may come from another device."""
-    own = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
-    return {**state, "param_groups": [{**group, **own} for group in state["param_groups"]]}
-
-
 def _memory_format(config: TrainConfig) -> torch.memory_format:
     if not config.cluster.channels_last:
         return torch.contiguous_format
     return torch.channels_last_3d if config.spatial_dims == 3 else torch.channels_last
-
-
-def _compile(learner: Learner) -> None:
-    """Compiles the network and tries it on a batch, which warms it up.
-
-    Where that fails on one rank, all go on without: those that compile and those that do not would
-    exchange other buckets.
-    """
-    config = learner.config
-    compiled = torch.compile(learner.network, dynamic=False)
-    assert isinstance(compiled, nn.Module), "of a module, torch compiles a module"
-    most = -(-config.optim.global_batch // world_size())
-    size = min(most, config.optim.micro_batch or most)  # of the step's batches: else made anew
-    patch = torch.zeros(size, len(config.data.modalities), *config.data.patch_size)
-    failed = [""]
-    try:
-        with learner.exchange(on=False):
-            with learner.autocast():
-                output = heads(compiled(learner.in_memory_format(patch.to(learner.device))))
-            torch.stack([head.float().mean() for head in output]).sum().backward()
-    except Exception as error:  # whatever a compiler fails with, the network itself still works
-        words = " ".join(str(error).split("\n")[:2])  # the first often ends with "raised:"
-        failed = [f"{type(error).__name__}: {words[:200]}"]
-    learner.optimizer.zero_grad(set_to_none=True)
-    if world_size() > 1:
-        mine, failed = failed[0], [""] * world_size()
-        torch.distributed.all_gather_object(failed, mine)
-    for words in filter(None, failed):
-        learner.not_compiled = (
-            f"torch.compile failed ({words}); "
-            "training goes on without it, as with cluster.compile false"
-        )
-        warnings.warn(learner.not_compiled, stacklevel=3)
-        return
-    learner.network = compiled
 
 
 def _require_state(learner: Learner, state: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
@@ -354,24 +224,7 @@ def _require_state(learner: Learner, state: Mapping[str, Any], progress: Mapping
     mismatches = [f"{name} is missing" for name in missing]
     mismatches += [f"{n} is unknown" for n in sorted(set(state) - wanted - {"cuda_rng"})]
     if not mismatches:
-        mismatches = _optimizer_mismatches(learner.optimizer, state["optimizer"])
+        mismatches = optimizer_mismatches(learner.optimizer, state["optimizer"])
     if mismatches:
         more = f" and {len(mismatches) - 5} more" if len(mismatches) > 5 else ""
         raise CheckpointError(f"the state does not fit this run: {'; '.join(mismatches[:5])}{more}")
-
-
-def _optimizer_mismatches(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> list[str]:
-    """What of an optimiser's state does not fit this one's parameters."""
-    parameters: Sequence[Tensor] = [p for g in optimizer.param_groups for p in g["params"]]
-    own, saved = optimizer.state_dict()["param_groups"][0], state["param_groups"][0]
-    mismatches = [f"optimizer.{name}" for name in sorted(set(own) ^ set(saved))]
-    if len(saved["params"]) != len(parameters):
-        return [*mismatches, f"optimizer has {len(saved['params'])} tensors, not {len(parameters)}"]
-    for number, kept in state["state"].items():
-        due = tuple(parameters[number].shape)
-        for name, tensor in kept.items():
-            if isinstance(tensor, Tensor) and tensor.ndim and tuple(tensor.shape) != due:
-                mismatches.append(
-                    f"optimizer {name} of tensor {number}: {tuple(tensor.shape)}, not {due}"
-                )
-    return mismatches

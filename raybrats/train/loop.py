@@ -13,7 +13,9 @@ from raybrats.data.batch import Batch
 from raybrats.data.prepare import Prepared
 from raybrats.model.inference import predict_case
 from raybrats.model.metrics import region_dice
-from raybrats.train.learner import Learner, learning_rate, world_size
+from raybrats.train.learner import Learner
+from raybrats.train.optimizer import learning_rate
+from raybrats.train.ranks import world_size
 from raybrats.train.step import Inputs, backward, inputs, update
 
 LOG_EVERY_STEPS = 10

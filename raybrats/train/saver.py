@@ -15,7 +15,8 @@ from raybrats.config import TrainConfig
 from raybrats.errors import CheckpointError, DivergedError, StorageError
 from raybrats.train import checkpoint, manifest
 from raybrats.train.checkpoint import Checkpoint, Snapshot, Written
-from raybrats.train.learner import Learner, world_size
+from raybrats.train.learner import Learner
+from raybrats.train.ranks import world_size
 
 _LOG = logging.getLogger(__name__)
 TRIES = 3

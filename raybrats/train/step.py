@@ -12,7 +12,9 @@ from raybrats.data.augment.augment import augment
 from raybrats.data.batch import Batch, normalise
 from raybrats.errors import DivergedError
 from raybrats.model.network import heads
-from raybrats.train.learner import Learner, learning_rate, world_size
+from raybrats.train.learner import Learner
+from raybrats.train.optimizer import learning_rate
+from raybrats.train.ranks import world_size
 
 
 class Inputs(NamedTuple):

@@ -41,7 +41,8 @@ import step
 import torch
 
 from raybrats.config import TrainConfig
-from raybrats.train.learner import make_ready, new_learner
+from raybrats.train.learner import new_learner
+from raybrats.train.ranks import make_ready
 from raybrats.train.step import train_step
 
 LAYOUTS = ("contiguous", "channels_last_3d")

@@ -17,7 +17,8 @@ from raybrats.runs import record
 from raybrats.runs.beginning import beginning, source_of
 from raybrats.train import checkpoint, continued, loop, manifest
 from raybrats.train.checkpoint import Snapshot
-from raybrats.train.learner import learning_rate, new_learner
+from raybrats.train.learner import new_learner
+from raybrats.train.optimizer import learning_rate
 from raybrats.train.saver import Saver
 from raybrats.train.step import train_step
 

@@ -59,8 +59,8 @@ class OfACpu(torch.Generator):
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_step_reads_the_device_once(monkeypatch, name, decay):
     """Whether the gradient was finite; the optimiser is that of a GPU."""
-    make = learning._optimizer
-    monkeypatch.setattr(learning, "_optimizer", lambda *of, **_: make(*of, fused=True))
+    make = learning.new_optimizer
+    monkeypatch.setattr(learning, "new_optimizer", lambda *of, **_: make(*of, fused=True))
     changes = {"optim.name": name, "optim.ema_decay": decay, "loss.batch_dice": True}
     config = override_all(CONFIG, {**changes, "optim.micro_batch": 1})
     learner, given = new_learner(config, CPU), batches(config, CASES, (0, 1, 0))

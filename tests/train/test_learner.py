@@ -16,7 +16,9 @@ from raybrats.errors import UsageError
 from raybrats.model.network import weights_of
 from raybrats.train import learner as learning
 from raybrats.train import loop
-from raybrats.train.learner import check_precision, learning_rate, make_ready, new_learner
+from raybrats.train.learner import new_learner
+from raybrats.train.optimizer import learning_rate
+from raybrats.train.ranks import check_precision, make_ready
 from raybrats.train.step import train_step
 
 
@@ -156,8 +158,8 @@ def test_a_state_of_another_devices_kernels_goes_on_by_ones_own(name, monkeypatc
     """On a GPU the optimiser is one kernel; its checkpoints and those of a CPU are alike."""
     config = override(CONFIG, "optim.name", name)
     plain, _ = steps(config, 3)
-    kernels = learning._optimizer
-    monkeypatch.setattr(learning, "_optimizer", lambda *of, **_: kernels(*of, fused=True))
+    kernels = learning.new_optimizer
+    monkeypatch.setattr(learning, "new_optimizer", lambda *of, **_: kernels(*of, fused=True))
     fused = new_learner(config, CPU)
     fused.restore(plain.weights(), copy.deepcopy(plain.state()), plain.progress())
     assert fused.optimizer.param_groups[0]["fused"] is True

@@ -24,7 +24,8 @@ from raybrats.model.network import weights_of
 from raybrats.phantom.phantom import make_phantom
 from raybrats.train import checkpoint, loop
 from raybrats.train.checkpoint import Snapshot
-from raybrats.train.learner import learning_rate, new_learner
+from raybrats.train.learner import new_learner
+from raybrats.train.optimizer import learning_rate
 from raybrats.train.step import train_step
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from raybrats.config import override, override_all
 from raybrats.train import loop
-from raybrats.train.learner import make_ready, new_learner
+from raybrats.train.learner import new_learner
+from raybrats.train.ranks import make_ready
 from raybrats.train.step import train_step
 
 SELDOM = pytest.mark.skipif(not SOAK, reason="two processes more: make soak")
