@@ -10,13 +10,13 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from raybrats.config import TrainConfig
 from raybrats.errors import CheckpointError
 from raybrats.model.loss import loss_of
 from raybrats.model.network import load_weights, network_of, weights_of
 from raybrats.train.optimizer import new_optimizer, optimizer_mismatches, with_own_kernels
+from raybrats.train.verdict import Verdict, read
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Types that autocast computes in, by `optim.precision`; under fp32 there is no autocast."""
@@ -64,6 +64,8 @@ class Learner:
     """Steps of the whole run that had no finite gradient."""
     skipped_in_a_row: list[int] = field(default_factory=list)
     """The skipped steps that lie directly before `step`."""
+    unread: Verdict | None = None
+    """What the last step came to, while the host has not read it."""
     cached: dict[str, float] = field(default_factory=dict)
     """What the node caches were good for over all ranks and attempts, by names that begin so:
     cache/. Counted where the batches come from; kept here, so that a resumed run counts on."""
@@ -95,6 +97,7 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Everything else that resuming needs, as tensors and plain values."""
+        self.settle()
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -109,6 +112,7 @@ class Learner:
 
     def progress(self) -> dict[str, float]:
         """The numbers that say how far the learner is, by their names in stored checkpoints."""
+        self.settle()
         return {stored: getattr(self, name) for name, stored in _PROGRESS.items()} | self.cached
 
     def add_validation(self, mean_dice: float) -> None:
@@ -117,21 +121,51 @@ class Learner:
         self.validations_since_best = 0 if better else self.validations_since_best + 1
         self.best, self.validated_at = max(self.best, mean_dice), self.step
 
-    def add_to_average(self) -> None:
+    @property
+    def skips_itself(self) -> bool:
+        """Whether the device itself leaves out a step that has no finite gradient.
+
+        An optimiser in one kernel does; but SGD's would leave its first momenta unset.
+        """
+        begun = bool(self.optimizer.state) and (self.average is None or self.averaged > 0)
+        return begun and bool(self.optimizer.param_groups[0]["fused"])
+
+    def settle(self) -> None:
+        """Counts what the last step came to, once the device has said it."""
+        if self.unread is None:
+            return
+        verdict, self.unread = self.unread, None
+        if read(verdict):
+            self.skipped_in_a_row.clear()
+            self.averaged += self.average is not None
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row.append(self.step - 1)
+
+    def add_to_average(self, finite: Tensor | None = None) -> None:
         """Moves the average of the weights, if there is one, by the step that was done.
 
         torch's AveragedModel does the same, but asks the device three times how often it has.
+
+        Args:
+            finite: whether there was a step, where only the device knows.
         """
         if self.average is None:
             return
-        if self.averaged:
-            averages, weights = (list(n.parameters()) for n in (self.average, self.bare))
-            get_ema_multi_avg_fn(self.config.optim.ema_decay)(averages, weights, self.averaged)
-            for kept, buffer in zip(self.average.buffers(), self.bare.buffers(), strict=True):
-                kept.copy_(buffer)
-        else:
+        if not self.averaged:
             load_weights(self.average, weights_of(self.bare))
-        self.averaged += 1
+            return
+        share = 1 - self.config.optim.ema_decay
+        averages: list[Tensor] = list(self.average.parameters())
+        weights: list[Tensor] = list(self.bare.parameters())
+        with torch.no_grad():
+            if finite is None:
+                torch._foreach_lerp_(averages, weights, share)
+            else:
+                shares = [finite * share] * len(weights)
+                torch._foreach_lerp_(averages, weights, shares)
+            for kept, buffer in zip(self.average.buffers(), self.bare.buffers(), strict=True):
+                kept.copy_(buffer if finite is None else torch.where(finite, buffer, kept))
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
         """Takes over the weights that there are, before the first step."""

@@ -1,6 +1,5 @@
 """A run as plain torch, without Ray: steps, validations, checkpoints, and figures of them."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from raybrats.model.inference import predict_case
 from raybrats.model.metrics import region_dice
 from raybrats.train.learner import Learner
 from raybrats.train.optimizer import learning_rate
+from raybrats.train.pace import Marks, Watch
 from raybrats.train.ranks import world_size
-from raybrats.train.step import Inputs, backward, inputs, update
+from raybrats.train.step import Inputs, backward, inputs, settle, take_over, update
 
 LOG_EVERY_STEPS = 10
 """Steps between two figures of the training."""
@@ -34,41 +34,6 @@ class Hooks:
     """Saves the learner with the metrics of a validation, and whether the run ends with it."""
     check_in: Callable[[], None]
     """Runs after every step, and saves at once where that was asked for."""
-
-
-@dataclass
-class Pace:
-    """Where the time of some steps goes; the wait for the very first batch is not in it.
-
-    Example:
-        >>> pace = Pace(global_batch=4)
-        >>> for _ in range(2):
-        ...     pace.add(seconds=0.5, wait_s=0.1)
-        >>> pace.figures()
-        {'patches_per_s': 8.0, 'step_s': 0.5, 'data_wait_fraction': 0.2}
-    """
-
-    global_batch: int
-    """Patches of a step, over all ranks."""
-    steps: int = 0
-    seconds: float = 0.0
-    """Seconds that the steps took together."""
-    wait_s: float = 0.0
-    """Seconds of them in which there was no batch."""
-
-    def add(self, seconds: float, wait_s: float) -> None:
-        """Counts a step."""
-        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
-        self.wait_s += wait_s
-
-    def figures(self) -> dict[str, float]:
-        """Patches a second of all ranks, seconds a step, and the fraction of them spent waiting."""
-        seconds = max(self.seconds, 1e-9)
-        return {
-            "patches_per_s": self.steps * self.global_batch / seconds,
-            "step_s": self.seconds / max(self.steps, 1),
-            "data_wait_fraction": self.wait_s / seconds,
-        }
 
 
 def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, float]:
@@ -94,29 +59,26 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
         >>> metrics = run(learner, [], hooks)
         {'val/dice_WT': 0.75, 'val/dice_TC': 0.5, 'val/dice_ET': 0.25, 'val/dice_mean': 0.5}
     """
-    config, metrics, coming = learner.config, {}, None
-    pace, recent = Pace(config.optim.global_batch), Pace(config.optim.global_batch)
+    config, coming = learner.config, None
+    feed, watch = inputs(learner, batches), Watch(learner.device, config.optim.global_batch)
     losses: list[Tensor] = []  # of the steps since the last figures, on the device
-    feed = inputs(learner, batches)
     while True:
         if _is_due(learner):
-            metrics = mean_scores(hooks.validate(), config.labels.region_names)
-            learner.add_validation(metrics["mean"])
-            hooks.log({f"val/dice_{name}": value for name, value in metrics.items()})
-            metrics |= pace.figures()
+            metrics = _validated(learner, hooks) | watch.whole()
             patience, waited = config.validation.patience, learner.validations_since_best
             ended = learner.step >= config.optim.steps or 0 < patience <= waited
             hooks.save(metrics, ended)
             if ended:
                 return metrics
-        loss, coming = _timed_step(learner, coming or next(feed), feed, (pace, recent))
+            watch.pause()
+        loss, coming = _timed_step(learner, coming or next(feed), feed, watch)
         losses.append(loss)
         if learner.step % LOG_EVERY_STEPS == 0 or learner.step == config.optim.steps:
-            hooks.log(_figures(learner, losses, recent))
-            recent = Pace(config.optim.global_batch)
+            hooks.log(_figures(learner, losses, watch))
             losses.clear()
         if learner.step % config.run.save_every_steps == 0 and not _is_due(learner):
             hooks.save({}, False)
+            watch.pause()
         hooks.check_in()
 
 
@@ -182,30 +144,35 @@ def _is_due(learner: Learner) -> bool:
     return step > 0 and due and learner.validated_at != step
 
 
+def _validated(learner: Learner, hooks: Hooks) -> dict[str, float]:
+    """The Dice of a validation, counted and logged."""
+    settle(learner)
+    metrics = mean_scores(hooks.validate(), learner.config.labels.region_names)
+    learner.add_validation(metrics["mean"])
+    hooks.log({f"val/dice_{name}": value for name, value in metrics.items()})
+    return metrics
+
+
 def _timed_step(
-    learner: Learner, coming: Inputs, feed: Iterator[Inputs], paces: Sequence[Pace]
+    learner: Learner, coming: Inputs, feed: Iterator[Inputs], watch: Watch
 ) -> tuple[Tensor, Inputs | None]:
     """A step's loss, and the next batch, made ready meanwhile; None after the last step."""
-    began = time.perf_counter()
-    gpu = learner.device.type == "cuda"
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if gpu else []
+    take_over(coming)
+    begin = watch.mark()
     loss, following = backward(learner, coming), None
-    for mark in marks[:1]:
-        mark.record()
+    gradient = watch.mark()
     if learner.step + 1 < learner.config.optim.steps:
         following = next(feed)
-    for mark in marks[1:]:
-        mark.record()
-    update(learner)  # waits for the device
-    # On a GPU only what the device itself waited counts: between its last kernel and the next.
-    wait_s = marks[0].elapsed_time(marks[1]) / 1e3 if gpu else following.wait_s if following else 0
-    for pace in paces:
-        pace.add(time.perf_counter() - began, wait_s)
+    fetched = watch.mark()
+    update(learner)
+    marks = Marks(begin, gradient, fetched, watch.mark())
+    watch.add(marks, following.wait_s if following else 0.0)
     return loss, following
 
 
-def _figures(learner: Learner, losses: Sequence[Tensor], pace: Pace) -> dict[str, float]:
+def _figures(learner: Learner, losses: Sequence[Tensor], watch: Watch) -> dict[str, float]:
     """Mean of the losses over all ranks, the pace, and memory and load of the device."""
+    settle(learner)
     every = torch.stack(list(losses))
     loss = every[torch.isfinite(every)].mean()  # not those of steps that were skipped
     world = world_size()
@@ -215,7 +182,8 @@ def _figures(learner: Learner, losses: Sequence[Tensor], pace: Pace) -> dict[str
         "train/loss": float(loss) / world,
         "train/lr": learning_rate(learner.config.optim, learner.step - 1),
         "train/skipped": learner.skipped,
-        **pace.figures(),
+        **watch.recent(),
+        "patches_per_s_overall": watch.whole()["patches_per_s_overall"],
     }
     if learner.device.type == "cuda":
         figures["gpu/memory_gb"] = torch.cuda.max_memory_allocated(learner.device) / 1e9

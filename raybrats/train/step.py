@@ -15,6 +15,11 @@ from raybrats.model.network import heads
 from raybrats.train.learner import Learner
 from raybrats.train.optimizer import learning_rate
 from raybrats.train.ranks import world_size
+from raybrats.train.verdict import read, sent
+
+PRIORITY = -1
+"""Of the stream in which a GPU makes the next batch ready: its kernels are small, and the next step
+waits for the last of them, so they go before those of the step that runs."""
 
 
 class Inputs(NamedTuple):
@@ -37,7 +42,8 @@ def inputs(learner: Learner, batches: Iterable[Batch]) -> Iterator[Inputs]:
         >>> list(inputs(new_learner(tiny(), torch.device("cpu")), batches=[]))
         []
     """
-    side = torch.cuda.Stream(learner.device) if learner.device.type == "cuda" else None
+    gpu = learner.device.type == "cuda"
+    side = torch.cuda.Stream(learner.device, priority=PRIORITY) if gpu else None
     source = iter(batches)
     while True:
         began = time.perf_counter()
@@ -105,7 +111,6 @@ def backward(learner: Learner, coming: Inputs) -> Tensor:
         >>> all(weight.grad is not None for weight in learner.bare.parameters())
         True
     """
-    _take_over(coming)
     learner.network.train()
     learner.optimizer.zero_grad(set_to_none=True)
     world, batch = world_size(), learner.config.optim.global_batch
@@ -129,8 +134,11 @@ def backward(learner: Learner, coming: Inputs) -> Tensor:
 def update(learner: Learner) -> None:
     """Takes the optimiser's step; where the gradient is not finite, it is skipped and counted.
 
+    A GPU decides that by itself, and is asked a step later, so that it never waits for the host.
+
     Raises:
-        DivergedError: that happened `optim.max_skipped` times in a row.
+        DivergedError: that happened `optim.max_skipped` times in a row; a GPU's last one may come
+            with the next step, or with `settle`.
 
     Example:
         >>> from raybrats.recipes import tiny
@@ -142,27 +150,51 @@ def update(learner: Learner) -> None:
         >>> learner.step, learner.skipped
         (1, 1)
     """
-    config = learner.config.optim
-    learner.scaler.unscale_(learner.optimizer)
+    config, optimizer = learner.config.optim, learner.optimizer
+    settle(learner)
+    learner.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(learner.bare.parameters(), config.clip_norm)
-    for group in learner.optimizer.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, learner.step)
     learner.step += 1
-    if torch.isfinite(norm):
-        learner.scaler.step(learner.optimizer)
-        learner.skipped_in_a_row.clear()
+    finite, late = torch.isfinite(norm), learner.skips_itself
+    learner.unread = sent(finite)
+    if late:
+        # torch's protocol of optimisers in one kernel, by which its GradScaler has steps skipped
+        optimizer.found_inf = (~finite).float()  # ty: ignore[missing-attribute]
+        optimizer.step()
+        learner.add_to_average(finite)
+    elif read(learner.unread):
+        learner.scaler.step(optimizer)
         learner.add_to_average()
-    else:
-        learner.skipped += 1
-        learner.skipped_in_a_row.append(learner.step - 1)
     if learner.scaler.is_enabled():
         learner.scaler.update()
-    if len(learner.skipped_in_a_row) >= config.max_skipped:
+    if not late:
+        settle(learner)
+
+
+def settle(learner: Learner) -> None:
+    """Waits for what the last step came to, where the host has not read it yet, and counts it.
+
+    Raises:
+        DivergedError: as `update`.
+
+    Example:
+        >>> from raybrats.recipes import tiny
+        >>> from raybrats.train.learner import new_learner
+        >>> settle(new_learner(tiny(), torch.device("cpu")))
+    """
+    learner.settle()
+    if len(learner.skipped_in_a_row) >= learner.config.optim.max_skipped:
         raise DivergedError(_diverged(learner))
 
 
-def _take_over(coming: Inputs) -> None:
-    """Makes the current stream wait for what another one has made."""
+def take_over(coming: Inputs) -> None:
+    """Makes the current stream wait for what another one has made.
+
+    Example:
+        >>> take_over(Inputs(torch.zeros(1), torch.zeros(1)))
+    """
     if coming.ready is not None:
         stream = torch.cuda.current_stream(coming.image.device)
         stream.wait_event(coming.ready)

@@ -1,21 +1,24 @@
 """What would make a GPU wait: reads of the device by the host, told on a CPU by their operators."""
 
+import copy
 import traceback
 from collections import Counter
 
 import pytest
 import torch
 from ranks import CASES, CONFIG, CPU, batches
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raybrats.config import AugmentConfig, override_all
 from raybrats.data.augment.augment import augment
 from raybrats.data.batch import normalise
+from raybrats.errors import DivergedError
 from raybrats.recipes import recipe
 from raybrats.train import learner as learning
 from raybrats.train import loop
 from raybrats.train.learner import new_learner
-from raybrats.train.step import Inputs, augmented, backward, update
+from raybrats.train.step import Inputs, augmented, backward, settle, update
 
 READS = {
     torch.ops.aten._local_scalar_dense.default,
@@ -58,7 +61,7 @@ class OfACpu(torch.Generator):
 @pytest.mark.parametrize("decay", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_step_reads_the_device_once(monkeypatch, name, decay):
-    """Whether the gradient was finite; the optimiser is that of a GPU."""
+    """Whether the gradient was finite, of the step before; the optimiser is that of a GPU."""
     make = learning.new_optimizer
     monkeypatch.setattr(learning, "new_optimizer", lambda *of, **_: make(*of, fused=True))
     changes = {"optim.name": name, "optim.ema_decay": decay, "loss.batch_dice": True}
@@ -66,11 +69,64 @@ def test_a_step_reads_the_device_once(monkeypatch, name, decay):
     learner, given = new_learner(config, CPU), batches(config, CASES, (0, 1, 0))
     coming = [Inputs(*augmented(learner, next(given))) for _ in range(3)]
     with Reads() as reads:
-        for each in coming:
+        for number, each in enumerate(coming):
             backward(learner, each)
+            before = learner.unread
             update(learner)
+            if number:  # its first step has no momenta to leave alone
+                assert learner.unread is not before
+                assert learner.unread is not None
     assert learner.step == 3
-    assert reads.lines == {"step.py: if torch.isfinite(norm):": 3}
+    assert reads.lines == {"verdict.py: return bool(verdict.finite)": 3}
+
+
+PRECISE = {"network.norm": "batch", "optim.ema_decay": 0.7}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [PRECISE, {**PRECISE, "optim.name": "sgd"}, {"optim.precision": "fp16", "optim.name": "sgd"}],
+)
+def test_a_step_that_the_device_leaves_out_is_as_if_the_host_had(monkeypatch, changes):
+    """Weights, averages, momenta and counts are the same bits, whichever steps are not finite."""
+    make = learning.new_optimizer
+    monkeypatch.setattr(learning, "new_optimizer", lambda *of, **_: make(*of, fused=True))
+    config = override_all(CONFIG, changes)
+
+    def trained() -> tuple:
+        learner, given = new_learner(config, CPU), batches(config, CASES, (0, 1, 0))
+        alone = 0
+        for bad in (True, False, True, False, True, True, False, True):
+            backward(learner, Inputs(*augmented(learner, next(given))))
+            if bad:
+                next(learner.bare.parameters()).grad.fill_(torch.nan)
+            update(learner)
+            alone += learner.unread is not None
+        state = copy.deepcopy((learner.weights(), learner.state(), learner.progress()))
+        return alone, learner.skipped, learner.skipped_in_a_row, *state
+
+    late = trained()
+    monkeypatch.setattr(learning.Learner, "skips_itself", False)
+    early = trained()
+    assert (late[0], early[0]) == (6, 0)
+    assert late[1:3] == early[1:3] == (5, [7])
+    assert_close(late[3:], early[3:], rtol=0, atol=0)
+
+
+def test_a_run_that_diverges_ends_a_step_late_at_most(monkeypatch):
+    make = learning.new_optimizer
+    monkeypatch.setattr(learning, "new_optimizer", lambda *of, **_: make(*of, fused=True))
+    learner, given = (
+        new_learner(override_all(CONFIG, {"optim.max_skipped": 3}), CPU),
+        batches(CONFIG, CASES, (0, 1, 0)),
+    )
+    for bad in (False, True, True, True):
+        backward(learner, Inputs(*augmented(learner, next(given))))
+        if bad:
+            next(learner.bare.parameters()).grad.fill_(torch.nan)
+        update(learner)
+    with pytest.raises(DivergedError, match="in the 3 steps before step 4"):
+        settle(learner)
 
 
 @pytest.mark.parametrize("of", ["nnunet", "domain-shift", "everything"])
@@ -92,9 +148,9 @@ def test_a_run_keeps_the_losses_of_the_last_figures_only(monkeypatch):
     """A loss of each step for a week would be a leak of the device's memory."""
     kept, figures = [], loop._figures
 
-    def noted(learner, losses, pace):
+    def noted(learner, losses, watch):
         kept.append(len(losses))
-        return figures(learner, losses, pace)
+        return figures(learner, losses, watch)
 
     monkeypatch.setattr(loop, "_figures", noted)
     monkeypatch.setattr(loop, "LOG_EVERY_STEPS", 5)
