@@ -173,6 +173,21 @@ def resources() -> dict[str, float]:
     return {kind: float(total.get(kind, 0.0)) for kind in ("CPU", "GPU")}
 
 
+def this_node() -> dict[str, float]:
+    """CPUs, GPUs and bytes of the object store of the node on which this process runs.
+
+    Example:
+        >>> this_node()  # doctest: +SKIP
+        {'CPU': 16.0, 'GPU': 1.0, 'object_store_memory': 38000000000.0}
+    """
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    (found,) = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
+    kinds = ("CPU", "GPU", "object_store_memory")
+    return {kind: float(found.get(kind, 0.0)) for kind in kinds}
+
+
 def each(
     function: Callable[[T], R], items: Sequence[T], *, num_cpus: float, memory: int
 ) -> Iterator[R]:

@@ -62,8 +62,9 @@ class DataConfig(Section):
     cohort's masks tell apart."""
     cpus_per_task: float = 0.5
     """CPUs that one decoding task reserves on the cluster."""
-    prefetch_batches: int = 2
-    """Batches kept ready in front of the training step."""
+    prefetch_batches: int = 0
+    """Batches kept ready in front of the training step; 0: two for a CPU, and for a GPU a second of
+    its patches, as far as a quarter of its node's object store holds them."""
 
     def __post_init__(self) -> None:
         require_no_secret("data.cohort", self.cohort)
@@ -95,4 +96,4 @@ class DataConfig(Section):
         except UsageError as error:
             raise UsageError(f"data.labels: {error}") from None
         require(self.cpus_per_task > 0, "data.cpus_per_task", "> 0", self.cpus_per_task)
-        require(self.prefetch_batches >= 1, "data.prefetch_batches", ">= 1", self.prefetch_batches)
+        require(self.prefetch_batches >= 0, "data.prefetch_batches", ">= 0", self.prefetch_batches)

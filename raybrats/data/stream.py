@@ -5,14 +5,19 @@ Cases are opened and cut in one task, so none is sent through the store whole, a
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import ray
 import ray.data
 from ray.data import Dataset, ExecutionOptions, ExecutionResources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raybrats.config import TrainConfig
 from raybrats.data.cache import Tally, prepared
@@ -23,6 +28,8 @@ from raybrats.data.plan import Plan, Visit
 if TYPE_CHECKING:
     from raybrats.data.batch import Batch
 
+T = TypeVar("T")
+
 VISITS_AT_ONCE = 2048
 """Visits of one Ray dataset; a run hands over its visits in such pieces (0.7 ms each, measured)."""
 BLOCK_BYTES = 8 * 2**20
@@ -30,6 +37,8 @@ BLOCK_BYTES = 8 * 2**20
 PATCHES_A_TASK = 16
 """Most patches of a task, which are about 64 MiB at most: a task costs Ray 10 ms, and is lost whole
 if it is stopped."""
+BATCHES_AHEAD = 2
+"""Batches that are put together, and the least that are kept ready, in front of the step."""
 TASK_BYTES = 600 * 2**20
 """Memory of a task: its process, 200 MB; what it keeps of freed memory, 128; its crop and block."""
 
@@ -51,6 +60,12 @@ class Assignment:
     """Step after the last."""
     cpus: float
     """CPUs that this rank's tasks may take together."""
+    near: bool = False
+    """Whether the tasks stay on this node, so that no patch crosses the network."""
+    patches_per_s: float = 0.0
+    """Pace of the device; its patches of a second are kept ready."""
+    store_bytes: float = math.inf
+    """Bytes of this node's object store that they may take."""
 
 
 class Stream:
@@ -71,36 +86,52 @@ class Stream:
         self._plan = Plan(
             len(cases), config.optim.global_batch, config.run.seed, config.data.patches_per_case
         )
+        self._size = len(range(assignment.rank, config.optim.global_batch, assignment.world))
+        self._batch_bytes = self._size * self._task.patch_bytes
 
     def __iter__(self) -> "Iterator[Batch]":
         """Opens the stream anew; closing the iterator ends its tasks."""
+        for batch, tally in _in_a_thread(self._batches(), BATCHES_AHEAD):
+            self.tally += tally
+            yield batch
+
+    def _batches(self) -> "Generator[tuple[Batch, Tally]]":
+        """Each batch, with the tally of the look-ups since the one before."""
         from raybrats.data.batch import collate  # not in tasks: torch makes them slow to start
 
         mine, pin = self._assignment, self._config.cluster.device != "cpu"
-        size = len(range(mine.rank, self._config.optim.global_batch, mine.world))
         windows = self._plan.visits(
             rank=mine.rank, world=mine.world, start=mine.start, stop=mine.stop
         )
-        for num_draws, visits in _pieces(windows, max(1, VISITS_AT_ONCE // size)):
+        for num_draws, visits in _pieces(windows, max(1, VISITS_AT_ONCE // self._size)):
             rows = self._rows(visits)
-            while window := list(islice(rows, size * num_draws)):
+            while window := list(islice(rows, self._size * num_draws)):
+                tally = Tally()
                 for row in window:
-                    self.tally += Tally(*row.pop("tally").tolist())
+                    tally += Tally(*row.pop("tally").tolist())
                 for place in range(num_draws):
-                    yield collate(window[place::num_draws], pin=pin)
+                    yield collate(window[place::num_draws], pin=pin), tally
+                    tally = Tally()
 
     def visit_row(self, visit: Visit) -> dict:
         """The row of a visit, with all of its case, so that a task need not know the cohort."""
         return {**asdict(visit), "row": self._cases[visit.case]}
 
+    def batches_ahead(self) -> int:
+        """Batches that are kept ready on this node."""
+        mine = self._assignment
+        if wanted := self._config.data.prefetch_batches:
+            return wanted
+        fitting = min(mine.store_bytes / self._batch_bytes, mine.patches_per_s / self._size)
+        return max(BATCHES_AHEAD, int(fitting))
+
     def _rows(self, visits: list[Visit]) -> Iterator[dict[str, np.ndarray]]:
         """One row a draw, visit by visit; its arrays are views of shared memory."""
-        ahead = self._config.data.prefetch_batches * self._plan.global_batch
-        ahead //= self._assignment.world
+        patches_a_block = max(1, BLOCK_BYTES // self._task.patch_bytes)
         blocks = self._dataset(visits).iter_batches(
             batch_size=None,
             batch_format="numpy",
-            prefetch_batches=-(-ahead // max(1, BLOCK_BYTES // self._task.patch_bytes)),
+            prefetch_batches=-(-self.batches_ahead() * self._size // patches_a_block),
         )
         for block in blocks:
             for place in range(len(block["draw"])):
@@ -115,12 +146,19 @@ class Stream:
         rows = ray.data.from_items(
             [self.visit_row(visit) for visit in visits], override_num_blocks=num_tasks
         )
-        rows = rows.flat_map(self._task, num_cpus=cpus_per_task, memory=TASK_BYTES)
+        where: dict[str, Any] = {}
+        if self._assignment.near:
+            here = ray.get_runtime_context().get_node_id()
+            where["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+                here, soft=True, _spill_on_unavailable=True
+            )
+        rows = rows.flat_map(self._task, num_cpus=cpus_per_task, memory=TASK_BYTES, **where)
         context, cpus = rows.context, max(self._assignment.cpus, cpus_per_task)
         context.target_max_block_size = block_bytes = max(BLOCK_BYTES, patch_bytes)
         window_bytes = num_draws * patch_bytes * self._plan.global_batch
         # else tasks run ahead of a slow consumer until half of the object store is full
         limit_bytes = 2 * (window_bytes + 2 * block_bytes * cpus / cpus_per_task)
+        limit_bytes += self.batches_ahead() * self._batch_bytes
         limit = ExecutionResources(cpu=cpus, object_store_memory=limit_bytes)
         context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=limit)
         context.enable_progress_bars = False
@@ -158,6 +196,25 @@ class PatchTask:
             )
             yield {**to_row(opened, patch, int(draw)), "tally": np.array(astuple(tally))}
             tally = Tally()
+
+
+def _in_a_thread(items: Generator[T], ahead: int) -> Generator[T]:
+    """The items of a generator that runs in a thread, so many of them before they are wanted."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+
+    def following() -> T | None:
+        return next(items, None)
+
+    try:
+        waiting = deque(pool.submit(following) for _ in range(ahead))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(following))
+            yield item
+    finally:
+        for future in waiting:
+            future.cancel()
+        pool.submit(items.close)  # where it runs, once it has come to what it is at
+        pool.shutdown(wait=False)
 
 
 def _pieces(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from ray.exceptions import RayError
 
-from raybrats import storage
+from raybrats import cluster, storage
 from raybrats.config import TrainConfig, digest
 from raybrats.data.cache import Tally, prepared
 from raybrats.data.cohort.case import Case
@@ -32,6 +32,12 @@ from raybrats.train.checkpoint import Checkpoint, Written
 from raybrats.train.learner import Learner, new_learner
 from raybrats.train.loop import Hooks
 from raybrats.train.ranks import check_precision, make_ready, world_size
+
+PATCHES_PER_S = 100.0
+"""Pace of one GPU for which batches are kept ready: what the nnU-Net network is to reach on an H200
+at 128^3."""
+STORE_SHARE = 0.25
+"""Share of a node's object store that its workers' batches take; Ray Data takes half at most."""
 
 
 def work(job: Job) -> Outcome:
@@ -53,8 +59,6 @@ def work(job: Job) -> Outcome:
 
 def _work(job: Job) -> Outcome:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(math.ceil(job.config.cluster.cpus_per_worker))
@@ -67,9 +71,9 @@ def _work(job: Job) -> Outcome:
             place = storage.join(job.run_uri, INITIAL)
             learner.begin(parts.tensors(storage.read_bytes(place), place))
         make_ready(learner)
-        steps = Assignment(rank, world, learner.step, job.config.optim.steps, job.data_cpus)
-        lead = Lead(job, learner, found, rejected) if rank == 0 else Follower()
-        return _Worker(job, learner, steps, lead).run()
+        mine = _assignment(job, learner)
+        lead = Lead(job, learner, found, rejected) if mine.rank == 0 else Follower()
+        return _Worker(job, learner, mine, lead).run()
     except (DivergedError, CheckpointError) as error:  # on all ranks alike
         return Outcome(learner.step, failure=_with_cases(job, learner, error))
     except RayError as error:  # what a task of the stream raised, wrapped
@@ -77,6 +81,26 @@ def _work(job: Job) -> Outcome:
         if cause is None:
             raise
         raise cause from error
+
+
+def _assignment(job: Job, learner: Learner) -> Assignment:
+    """What this rank takes of the plan, and where.
+
+    Its tasks stay on its node if that has this rank's share of the cluster's CPUs.
+    """
+    context, there = ray.train.get_context(), cluster.this_node()
+    near_by = context.get_local_world_size()
+    cpus = there["CPU"] / near_by - job.config.cluster.cpus_per_worker
+    return Assignment(
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        start=learner.step,
+        stop=job.config.optim.steps,
+        cpus=job.data_cpus,
+        near=cpus >= job.data_cpus,
+        patches_per_s=PATCHES_PER_S if learner.device.type == "cuda" else 0.0,
+        store_bytes=STORE_SHARE * there["object_store_memory"] / near_by,
+    )
 
 
 class _Worker:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +14,10 @@ import pytest
 import ray
 import torch
 from fault_proxy import FaultProxy, fault_proxy
+from faulty import SOAK
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_tasks
-from services import S3, RayHead, upload_folder
+from services import S3, RayHead, ray_node, upload_folder
 
 from raybrats.config import TrainConfig, override, override_all
 from raybrats.data import stream
@@ -68,7 +70,7 @@ def config(ray_cluster: RayHead, tmp_path: Path) -> TrainConfig:
 def batches(
     config: TrainConfig, cases: Sequence[Case], rank: int, world: int, start: int
 ) -> list[Batch]:
-    return list(Stream(config, cases, Assignment(rank, world, start, STEPS, CPUS)))
+    return list(Stream(config, cases, Assignment(rank, world, start, STEPS, CPUS, near=True)))
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +238,53 @@ def test_closing_a_stream_early_ends_its_tasks(config: TrainConfig, cases: list[
     resumed = iter(Stream(config, cases, Assignment(0, 1, 1, steps, CPUS)))
     assert next(resumed).draw.tolist() == [4, 5, 6, 7]
     resumed.close()
+
+
+@pytest.mark.skipif(not SOAK, reason="a node more: make soak")
+@pytest.mark.parametrize("busy", [False, True])
+def test_tasks_stay_on_the_node_of_their_rank_while_it_has_cpus(
+    config: TrainConfig, cases: list[Case], ray_cluster: RayHead, tmp_path: Path, busy: bool
+):
+    """Where others have taken them all, tasks run elsewhere instead of waiting."""
+    with ray_node(ray_cluster, tmp_path, num_cpus=2) as node:
+        there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+
+        @ray.remote(scheduling_strategy=there, num_cpus=0)
+        def read(steps: int) -> list[list[int]]:
+            mine = Assignment(0, 1, 0, steps, CPUS, near=True)
+            return [batch.draw.tolist() for batch in Stream(config, cases, mine)]
+
+        @ray.remote(scheduling_strategy=there, num_cpus=2)
+        class Other:
+            def is_there(self) -> bool:
+                return True
+
+        other = Other.remote() if busy else None
+        assert other is None or ray.get(other.is_there.remote())
+        before = nodes_of_tasks()
+        assert len(ray.get(read.remote(60))) == 60
+        time.sleep(2)  # Ray hears of its tasks once a second
+        used = nodes_of_tasks() - before
+        assert used.total() > 10
+        assert (node.node_id in used, len(used)) == (not busy, 1)
+
+
+def nodes_of_tasks() -> Counter[str]:
+    """On how many tasks that open cases each node has worked."""
+    which = [("name", "=", "FlatMap(PatchTask)")]
+    found = list_tasks(filters=which, limit=10_000, raise_on_missing_output=False)
+    return Counter(task.node_id for task in found if task.node_id)
+
+
+def test_a_gpu_has_a_second_of_patches_ready_if_they_fit(config: TrainConfig, cases: list[Case]):
+    """128 patches of 58 KB a second in batches of four, and room for ten of them."""
+    patch_bytes = 16 * 24 * 16 * (2 * 3 + 1)
+    fast = Assignment(0, 1, 0, 1, CPUS, patches_per_s=128.0)
+    small = replace(fast, store_bytes=10.5 * 4 * patch_bytes)
+    slow = Assignment(0, 1, 0, 1, CPUS)
+    assert [Stream(config, cases, it).batches_ahead() for it in (fast, small, slow)] == [32, 10, 2]
+    asked = override(config, "data.prefetch_batches", 5)
+    assert Stream(asked, cases, fast).batches_ahead() == 5
 
 
 @dataclass(frozen=True)
