@@ -24,6 +24,7 @@ from raybrats.data.batch import Batch, collate
 from raybrats.data.patch import PatchRule, draw_patch, to_row
 from raybrats.data.plan import Plan
 from raybrats.data.prepare import Prepared, prepare
+from raybrats.model.inference import uploaded
 from raybrats.phantom.phantom import make_phantom
 from raybrats.train import checkpoint, loop
 from raybrats.train.learner import Learner, new_learner
@@ -141,7 +142,8 @@ def _hooks(
             os.kill(os.getpid(), signal.SIGKILL)
 
     def validate() -> list[list[float]]:
-        return loop.gathered(loop.validate(learner, cases[:1][rank:]))
+        mine = [uploaded(case, CPU) for case in cases[:1][rank:]]
+        return loop.gathered(loop.validate(learner, mine))
 
     return Hooks(validate, log, save, check_in)
 

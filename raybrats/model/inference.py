@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import combinations, product
+from dataclasses import dataclass
+from itertools import combinations, islice, product
 from types import EllipsisType
 
 import numpy as np
@@ -18,53 +19,83 @@ from raybrats.model.network import heads
 
 SIGMA = 1 / 8
 """Deviation of the Gaussian by which windows are blended, in edges of the window (nnU-Net)."""
+WINDOWS_AT_ONCE = {"cuda": 2}
+"""Windows that a kind of device takes together, else one. Nothing of them is kept to go back, so
+two need less memory than a patch in training."""
 SLICES_AT_ONCE = 16
 """Slices that a 2-D network takes together: about as many activations as a 128^3 patch has."""
 
 
-def whole_case(prepared: Prepared, device: torch.device) -> Tensor:
-    """A prepared case as network input, float32 (1, modality, i, j, k).
+@dataclass(frozen=True)
+class Uploaded:
+    """A prepared case on the device of a network."""
+
+    prepared: Prepared
+    image: Tensor
+    """Network input, float32 (1, modality, i, j, k)."""
+    labels: Tensor | None
+    """Labels 0, 1, 2, ... of the case's label set, uint8 (i, j, k)."""
+
+
+def uploaded(prepared: Prepared, device: torch.device) -> Uploaded:
+    """A prepared case on a device; copies to a GPU are under way when this returns.
 
     Example:
         >>> from raybrats.phantom.phantom import make_phantom
         >>> prepared = prepare(*make_phantom(0, shape=(24, 24, 20)))
-        >>> whole_case(prepared, torch.device("cpu"))[0].shape == prepared.image.shape
+        >>> uploaded(prepared, torch.device("cpu")).image[0].shape == prepared.image.shape
         True
     """
 
     def moved(array: np.ndarray) -> Tensor:
         # Cached arrays are read-only maps of a file, which torch does not take: one copy of a case.
-        return torch.from_numpy(np.array(array))[None].to(device)
+        tensor = torch.from_numpy(np.array(array))
+        if device.type == "cuda":  # from pageable memory the copy would wait for the device
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
 
-    return normalise(moved(prepared.image), prepared.scaling.map(moved))[0]
+    scaling = prepared.scaling.map(lambda numbers: moved(numbers)[None])
+    labels = None if prepared.labels is None else moved(prepared.labels)
+    return Uploaded(prepared, normalise(moved(prepared.image)[None], scaling)[0], labels)
 
 
 @torch.inference_mode()
 def predict_case(
-    network: nn.Module, config: TrainConfig, prepared: Prepared, device: torch.device
+    network: nn.Module, config: TrainConfig, case: Uploaded, at_once: int = 0
 ) -> Tensor:
-    """Labels of a prepared case, uint8 (1, i, j, k).
+    """Labels of a case, uint8 (1, i, j, k).
 
     The network sees pieces as in training: patches, slices, or the whole case.
+
+    Args:
+        network: the network.
+        config: its run.
+        case: the case, on its device.
+        at_once: windows that it sees together; 0: as many as that kind of device takes.
 
     Example:
         >>> from raybrats.phantom.phantom import make_phantom
         >>> from raybrats.recipes import tiny
-        >>> config, cpu = tiny(), torch.device("cpu")
         >>> prepared = prepare(*make_phantom(0, shape=(24, 24, 20)))
-        >>> network = nn.Conv3d(4, 3, kernel_size=1)
-        >>> predict_case(network, config, prepared, cpu)[0].shape == prepared.image.shape[1:]
+        >>> network, case = nn.Conv3d(4, 3, kernel_size=1), uploaded(prepared, torch.device("cpu"))
+        >>> predict_case(network, tiny(), case)[0].shape == prepared.image.shape[1:]
         True
     """
-    image, stride = whole_case(prepared, device), config.network.stride
-    overlap, sampling = config.validation.overlap, config.data.sampling
+    image, stride = case.image, config.network.stride
+    validation, sampling = config.validation, config.data.sampling
     size: Sequence[int] = config.data.patch_size
+    if sampling == "slices":
+        return decoded(config, _predict_slices(network, config, case.prepared, image))
     if sampling == "volume":
         size = [-(-edge // stride) * stride for edge in image.shape[2:]]
-    if sampling == "slices":
-        logits = _predict_slices(network, config, prepared, image)
-    else:
-        logits = predict_logits(network, image, size, overlap, mirror=config.validation.mirror)
+    logits = predict_logits(
+        network,
+        image,
+        size,
+        validation.overlap,
+        mirror=validation.mirror,
+        at_once=at_once or WINDOWS_AT_ONCE.get(image.device.type, 1),
+    )
     return decoded(config, logits)
 
 
@@ -76,6 +107,7 @@ def predict_logits(
     overlap: float,
     *,
     mirror: bool = False,
+    at_once: int = 1,
 ) -> Tensor:
     """Logits of a whole image (batch, output, i, j, k), by blended sliding windows.
 
@@ -93,11 +125,14 @@ def predict_logits(
     padded = pad(image, [n for r in reversed(room) for n in (r // 2, r - r // 2)])
     blend = _gaussian(size, image.device)
     total: Tensor | None = None
-    for window in _windows(padded.shape[2:], size, overlap):
-        logits = _seen(network, padded[window], (2, 3, 4) if mirror else ())
+    windows = _windows(padded.shape[2:], size, overlap)
+    while group := list(islice(windows, at_once)):
+        seen = torch.cat([padded[window] for window in group])
+        logits = _seen(network, seen, (2, 3, 4) if mirror else ()).split(len(image))
         if total is None:
-            total = logits.new_zeros(*logits.shape[:2], *padded.shape[2:])
-        total[window] += blend * logits
+            total = logits[0].new_zeros(*logits[0].shape[:2], *padded.shape[2:])
+        for window, found in zip(group, logits, strict=True):
+            total[window] += blend * found
     assert total is not None, "an image has a window"
     inside = [slice(r // 2, r // 2 + edge) for r, edge in zip(room, shape, strict=True)]
     return total[(..., *inside)]
@@ -206,5 +241,5 @@ def segment(network: nn.Module, config: TrainConfig, image: np.ndarray) -> np.nd
     """
     device = next(network.parameters()).device
     prepared = prepare(list(image), None, config.data.normalisation, config.data.percentiles)
-    labels = predict_case(network, config, prepared, device)
+    labels = predict_case(network, config, uploaded(prepared, device))
     return restore(labels[0].cpu().numpy(), prepared)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from raybrats.data.prepare import bounding_box
 from raybrats.label_set import GLIOMA, LabelSet, Region
@@ -37,17 +38,33 @@ def region_mask(labels: np.ndarray, region: Region) -> np.ndarray:
     return np.isin(labels, region.labels)
 
 
-def region_dice(
-    prediction: np.ndarray, reference: np.ndarray, known: LabelSet = GLIOMA
-) -> list[float]:
-    """Dice of each region, 1 where both are empty.
+def region_sizes(prediction: Tensor, reference: Tensor, known: LabelSet = GLIOMA) -> Tensor:
+    """Voxels of each region in both, in the prediction and in the reference, int64 (region, 3).
+
+    They are counted where the labels are, and nothing waits for them.
 
     Example:
-        >>> region_dice(np.array([1, 1, 2, 0]), np.array([1, 3, 2, 0]))
-        [1.0, 1.0, 0.0]
+        >>> region_sizes(torch.tensor([1, 1, 2, 0]), torch.tensor([1, 3, 2, 0]))
+        tensor([[3, 3, 3],
+                [2, 2, 2],
+                [0, 0, 1]])
     """
-    pairs = [(region_mask(prediction, r), region_mask(reference, r)) for r in known.regions]
-    return [_ratio(2 * int((p & r).sum()), int(p.sum()) + int(r.sum())) for p, r in pairs]
+
+    def mask(labels: Tensor, region: Region) -> Tensor:
+        return torch.stack([labels == label for label in region.labels]).any(dim=0)
+
+    pairs = [(mask(prediction, region), mask(reference, region)) for region in known.regions]
+    return torch.stack([torch.stack([(p & r).sum(), p.sum(), r.sum()]) for p, r in pairs])
+
+
+def region_dice(sizes: Tensor) -> list[float]:
+    """Dice of each region by its sizes, 1 where both are empty.
+
+    Example:
+        >>> region_dice(torch.tensor([[3, 3, 3], [1, 2, 1], [0, 0, 0]]))
+        [1.0, 0.6666666666666666, 1.0]
+    """
+    return [_ratio(2 * both, found + due) for both, found, due in sizes.tolist()]
 
 
 def score_case(

@@ -18,10 +18,10 @@ from raybrats.config import TrainConfig, digest
 from raybrats.data.cache import Tally, prepared
 from raybrats.data.cohort.case import Case
 from raybrats.data.plan import Plan
-from raybrats.data.prepare import Prepared
 from raybrats.data.stream import Assignment, Stream
 from raybrats.errors import CheckpointError, DivergedError, RaybratsError, UsageError, cause_of
 from raybrats.model.cost import check_memory
+from raybrats.model.inference import Uploaded, uploaded
 from raybrats.model.loss import loss_of
 from raybrats.model.network import num_bytes
 from raybrats.runs.agree import agree
@@ -132,9 +132,10 @@ class _Worker:
         mine = self._job.held_out[self._steps.rank :: self._steps.world]
         return loop.gathered(loop.validate(self._learner, self._opened(mine)), self._patient)
 
-    def _opened(self, cases: tuple[Case, ...]) -> Iterator[Prepared]:
+    def _opened(self, cases: tuple[Case, ...]) -> Iterator[Uploaded]:
         """The cases of a validation, which may be long: rank 0 checks in between them."""
-        for number, case in enumerate(_prepared(self._job.config, cases), 1):
+        ready = _uploaded(self._job.config, cases, self._learner.device)
+        for number, case in enumerate(ready, 1):
             self._lead.remark = f"validating, case {number} of {len(cases)}"
             self._lead.check_in()
             yield case
@@ -236,11 +237,13 @@ def _over_ranks(tally: Tally, device: torch.device) -> dict[str, float]:
     return dict(zip(names, counts.tolist(), strict=True))
 
 
-def _prepared(config: TrainConfig, cases: tuple[Case, ...]) -> Iterator[Prepared]:
-    """Whole cases, the next one decoded while the network works on this one."""
+def _uploaded(
+    config: TrainConfig, cases: tuple[Case, ...], device: torch.device
+) -> Iterator[Uploaded]:
+    """Whole cases, the next one decoded and copied while the network works on this one."""
 
-    def open_one(case: Case) -> Prepared:
-        return prepared(case, config.data)[0]
+    def open_one(case: Case) -> Uploaded:
+        return uploaded(prepared(case, config.data)[0], device)
 
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting = [pool.submit(open_one, case) for case in cases[:1]]

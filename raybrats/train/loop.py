@@ -9,9 +9,8 @@ import torch.distributed
 from torch import Tensor
 
 from raybrats.data.batch import Batch
-from raybrats.data.prepare import Prepared
-from raybrats.model.inference import predict_case
-from raybrats.model.metrics import region_dice
+from raybrats.model.inference import Uploaded, predict_case
+from raybrats.model.metrics import region_dice, region_sizes
 from raybrats.train.learner import Learner
 from raybrats.train.optimizer import learning_rate
 from raybrats.train.pace import Marks, Watch
@@ -82,29 +81,32 @@ def run(learner: Learner, batches: Iterable[Batch], hooks: Hooks) -> dict[str, f
         hooks.check_in()
 
 
-def validate(learner: Learner, cases: Iterable[Prepared]) -> list[list[float]]:
+def validate(learner: Learner, cases: Iterable[Uploaded]) -> list[list[float]]:
     """Dice of each region of each case, segmented whole.
+
+    Of a GPU a case's figures are read when the next one has been given to it, so it goes on.
 
     Example:
         >>> from raybrats.data.prepare import prepare
+        >>> from raybrats.model.inference import uploaded
         >>> from raybrats.phantom.phantom import make_phantom
         >>> from raybrats.recipes import tiny
         >>> from raybrats.train.learner import new_learner
         >>> image, labels = make_phantom(0, shape=(24, 24, 20))
         >>> learner = new_learner(tiny(), torch.device("cpu"))
-        >>> (dice,) = validate(learner, [prepare(list(image), labels)])
+        >>> (dice,) = validate(learner, [uploaded(prepare(list(image), labels), learner.device)])
         >>> len(dice), 0 <= min(dice) <= max(dice) <= 1
         (3, True)
     """
-    network, scores = learner.validated, []
+    network, sizes, scores = learner.validated, [], []
     network.eval()
-    for prepared in cases:
-        assert prepared.labels is not None, "validation cases have labels"
+    for case in cases:
+        assert case.labels is not None, "validation cases have labels"
         with learner.autocast():
-            labels = predict_case(network, learner.config, prepared, learner.device)
-        found = labels[0].cpu().numpy()
-        scores.append(region_dice(found, prepared.labels, learner.config.labels))
-    return scores
+            found = predict_case(network, learner.config, case)[0]
+        sizes.append(region_sizes(found, case.labels, learner.config.labels))
+        scores += map(region_dice, sizes[-2:-1])
+    return scores + [region_dice(last) for last in sizes[-1:]]
 
 
 def gathered(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nnunet
+import numpy as np
 import torch
 from curves import Curve
 
@@ -18,7 +19,8 @@ from raybrats.data.cohort.case import Case
 from raybrats.data.patch import PatchRule, draw_patch, to_row
 from raybrats.data.plan import Plan
 from raybrats.label_set import GLIOMA
-from raybrats.model.metrics import region_dice
+from raybrats.model.inference import uploaded
+from raybrats.model.metrics import region_dice, region_sizes
 from raybrats.train import loop
 from raybrats.train.learner import new_learner
 
@@ -69,7 +71,8 @@ def batches(config: TrainConfig, cases: tuple[Case, ...]) -> Iterator[Batch]:
 def ours(task: Task) -> Curve:
     """A run of the loop."""
     learner, curve = new_learner(task.config, task.device), task.curve("raybrats")
-    held_out = [prepared(case, task.config.data)[0] for case in task.held_out]
+    whole = (prepared(case, task.config.data)[0] for case in task.held_out)
+    held_out = [uploaded(case, task.device) for case in whole]
     seconds = []
 
     def log(figures: Mapping[str, float]) -> None:
@@ -120,7 +123,9 @@ def validated(trainer: "nnunet_train.Trainer", task: Task, made: nnunet.Dataset)
     scores = []
     for case in task.held_out:
         labels = nnunet_train.segmented(trainer, case.case_id, mirror=task.config.validation.mirror)
-        scores.append(region_dice(labels, nnunet_train.reference(made, case.case_id)))
+        pair = labels, nnunet_train.reference(made, case.case_id)
+        sizes = region_sizes(*(torch.from_numpy(np.array(each)) for each in pair))
+        scores.append(region_dice(sizes))
     return list(loop.mean_scores(scores, GLIOMA.region_names).values())[:-1]
 
 

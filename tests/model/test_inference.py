@@ -9,12 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
+from torch.testing import assert_close
 
 from raybrats.config import DataConfig, LossConfig, NetworkConfig, TrainConfig, ValidationConfig
 from raybrats.data.patch import cut_slice
 from raybrats.data.prepare import bounding_box, prepare
 from raybrats.errors import DataError
-from raybrats.model.inference import labels_of, predict_case, predict_logits, segment
+from raybrats.model.inference import (
+    labels_of,
+    predict_case,
+    predict_logits,
+    segment,
+    uploaded,
+)
 from raybrats.model.loss import region_masks
 from raybrats.model.network import build
 from raybrats.phantom.phantom import make_phantom
@@ -52,6 +59,17 @@ def test_labels_come_back_from_their_regions(labels):
 def test_nested_regions_come_back_from_their_labels(depth):
     nested = torch.from_numpy(np.stack([depth >= 1, depth >= 2, depth >= 3], axis=1))
     assert torch.equal(region_masks(labels_of(nested)).bool(), nested)
+
+
+@pytest.mark.parametrize("at_once", [2, 5, 100])
+def test_windows_seen_together_say_what_they_say_one_by_one(at_once):
+    network = build(NetworkConfig(widths=(4, 8), deep_supervision=0), num_modalities=2).eval()
+    image, seen = torch.randn(1, 2, 20, 24, 17), []
+    alone = predict_logits(network, image, (8, 12, 12), 0.5, mirror=True)
+    network.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    together = predict_logits(network, image, (8, 12, 12), 0.5, mirror=True, at_once=at_once)
+    assert_close(together, alone, rtol=0, atol=1e-4)
+    assert (max(seen), sum(seen)) == (min(at_once, 24), 8 * 24)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5])
@@ -125,7 +143,7 @@ def test_a_whole_volume_is_one_window_of_the_networks_stride(shape):
         return BRIGHT_FLAIR(window)
 
     prepared = prepare(list(image))
-    found = predict_case(watching, config, prepared, torch.device("cpu"))
+    found = predict_case(watching, config, uploaded(prepared, torch.device("cpu")))
     box = [-(-(span.stop - span.start) // 4) * 4 for span in prepared.box]
     assert seen == [tuple(box)]
     assert found.shape[1:] == prepared.image.shape[1:]
@@ -155,7 +173,7 @@ def test_slices_are_resized_in_prediction_as_in_training():
         seen.append(small)
         return BRIGHT_FLAIR(small)
 
-    predict_case(watching, config, prepared, torch.device("cpu"))
+    predict_case(watching, config, uploaded(prepared, torch.device("cpu")))
     predicted = torch.cat(seen, dim=4)[0].numpy()
     gain, bias = (v[:, None, None] for v in (prepared.scaling.gain, prepared.scaling.bias))
     for k in range(prepared.image.shape[3]):

@@ -14,6 +14,7 @@ from raybrats.config import AugmentConfig, override_all
 from raybrats.data.augment.augment import augment
 from raybrats.data.batch import normalise
 from raybrats.errors import DivergedError
+from raybrats.model.inference import uploaded
 from raybrats.recipes import recipe
 from raybrats.train import learner as learning
 from raybrats.train import loop
@@ -127,6 +128,28 @@ def test_a_run_that_diverges_ends_a_step_late_at_most(monkeypatch):
         update(learner)
     with pytest.raises(DivergedError, match="in the 3 steps before step 4"):
         settle(learner)
+
+
+def test_a_validation_reads_a_case_when_the_next_is_given_to_the_device(monkeypatch):
+    learner, cases = new_learner(CONFIG, CPU), [uploaded(case, CPU) for case in CASES[:3]]
+    order, dice = [], loop.region_dice
+
+    def given():
+        for number, case in enumerate(cases):
+            order.append(f"give {number}")
+            yield case
+
+    def noted(sizes):
+        order.append("read")
+        return dice(sizes)
+
+    alone = [loop.validate(learner, [case])[0] for case in cases]
+    monkeypatch.setattr(loop, "region_dice", noted)
+    with Reads() as reads:
+        scores = loop.validate(learner, given())
+    assert order == ["give 0", "give 1", "read", "give 2", "read", "read"]
+    assert reads.lines.total() == 0
+    assert scores == alone
 
 
 @pytest.mark.parametrize("of", ["nnunet", "domain-shift", "everything"])

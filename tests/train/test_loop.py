@@ -20,6 +20,7 @@ from raybrats.data.batch import collate
 from raybrats.data.patch import PatchRule, cut, draw_patch, to_row, volume_size
 from raybrats.data.prepare import prepare
 from raybrats.label_set import ED, ET, GLIOMA, NCR
+from raybrats.model.inference import uploaded
 from raybrats.model.network import weights_of
 from raybrats.phantom.phantom import make_phantom
 from raybrats.train import checkpoint, loop
@@ -168,7 +169,7 @@ def test_loss_and_gradients_are_finite(batches, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_validation_scores_every_region_of_every_case(cases, precision):
     learner = new_learner(override(CONFIG, "optim.precision", precision), CPU)
-    scores = loop.validate(learner, iter(cases))
+    scores = loop.validate(learner, (uploaded(case, CPU) for case in cases))
     assert np.array(scores).shape == (len(cases), len(GLIOMA.regions))
     assert all(0 <= score <= 1 for row in scores for score in row)
 
@@ -184,10 +185,10 @@ def test_a_network_that_reads_the_answer_off_the_image_scores_one():
     learner.bare = nn.Conv3d(4, 3, 1, bias=False)
     with torch.no_grad():
         learner.bare.weight.copy_(torch.eye(3, 4)[..., None, None, None])
-    assert loop.validate(learner, [prepare(image, labels)]) == [[1, 1, 1]]
+    assert loop.validate(learner, [uploaded(prepare(image, labels), CPU)]) == [[1, 1, 1]]
     with torch.no_grad():
         learner.bare.weight.neg_()
-    assert max(loop.validate(learner, [prepare(image, labels)])[0]) < 0.5
+    assert max(loop.validate(learner, [uploaded(prepare(image, labels), CPU)])[0]) < 0.5
 
 
 @pytest.mark.parametrize("sampling", ["slices", "volume"])
@@ -203,7 +204,8 @@ def test_slices_and_whole_volumes_are_learned_and_scored(cases, sampling):
     batch = collate([to_row(case, patches[n], n) for n, case in enumerate(cases)])
     losses = [float(train_step(learner, batch)) for _ in range(8)]
     assert losses[-1] < losses[0]
-    assert np.array(loop.validate(learner, iter(cases))).shape == (2, len(GLIOMA.regions))
+    scores = loop.validate(learner, (uploaded(case, CPU) for case in cases))
+    assert np.array(scores).shape == (2, len(GLIOMA.regions))
 
 
 def test_means_go_over_cases_first_and_then_over_regions():

@@ -10,6 +10,7 @@ from ranks import CONFIG, CPU, batches, losses, steps, together, train_rank, wei
 from torch._dynamo.backends.debugging import aot_eager
 
 from raybrats.config import override, override_all
+from raybrats.model.inference import uploaded
 from raybrats.train import loop
 from raybrats.train.learner import new_learner
 from raybrats.train.ranks import make_ready
@@ -75,7 +76,7 @@ def compiled_rank(rank, world, cases, folder, config, broken):
     for validates in (False, True, False):
         found.append(float(train_step(learner, next(given))))
         if validates:
-            loop.validate(learner, cases[:1])
+            loop.validate(learner, [uploaded(cases[0], CPU)])
         counts.append(len(graphs))
     result = {"graphs": counts, "losses": found, "said": learner.not_compiled}
     (folder / f"{rank}.json").write_text(json.dumps(result))
