@@ -28,7 +28,10 @@ class ClusterConfig(Section):
     grace_s: float = 30.0
     """Seconds that a last checkpoint may take once the driver gets SIGTERM."""
     channels_last: bool = False
-    """Whether tensors are laid out with the channels closest."""
+    """Whether tensors are laid out with the channels closest; of use where `compile` is on too."""
+    deterministic: bool = False
+    """Whether a GPU takes only kernels that give the same bits each time, as a CPU's do; else cuDNN
+    tries several for the patch size, and takes the fastest."""
     compile: bool = False
     """Whether the network is compiled (torch.compile); where that fails the run goes on without."""
 

@@ -1,5 +1,6 @@
 """A learner on its device, among the ranks that train together: DDP, compiled, its precision."""
 
+import os
 import warnings
 
 import torch
@@ -46,8 +47,25 @@ def check_precision(config: TrainConfig, device: torch.device) -> None:
         )
 
 
+def choose_kernels(config: TrainConfig) -> None:
+    """Has cuDNN look for its fastest kernels, or all of torch take those of the same bits.
+
+    Whole cases have many sizes, and a search for each would take longer than it saves.
+
+    Example:
+        >>> choose_kernels(TrainConfig())
+        >>> torch.backends.cudnn.benchmark
+        True
+    """
+    steady = config.cluster.deterministic
+    torch.backends.cudnn.benchmark = not steady and config.data.sampling != "volume"
+    torch.use_deterministic_algorithms(steady, warn_only=True)
+    if steady:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS wants it said
+
+
 def make_ready(learner: Learner) -> None:
-    """Wraps the network for the ranks that train together, then compiles it if the run says so.
+    """Chooses kernels, wraps the network for its ranks, and compiles it if the run says so.
 
     In this order torch splits the graph where DDP's buckets end, and exchanges a bucket while the
     rest is computed. Every rank calls this, or none.
@@ -60,6 +78,8 @@ def make_ready(learner: Learner) -> None:
         >>> learner.network is learner.bare
         True
     """
+    if learner.device.type == "cuda":
+        choose_kernels(learner.config)
     if world_size() > 1:
         ids = [learner.device.index] if learner.device.type == "cuda" else None
         learner.network = learner.ddp = DistributedDataParallel(learner.bare, device_ids=ids)

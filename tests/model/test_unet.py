@@ -164,3 +164,26 @@ def test_norm_and_activation_copy_nothing_to_go_back_and_are_torchs_bit_for_bit(
         results.append([*logits, *(weight.grad for weight in each.parameters())])
     torch.testing.assert_close(*results, atol=0, rtol=0)
     assert copies[0] == 0 < copies[1]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_channels_that_lie_closest_stay_there_through_a_compiled_norm(dims):
+    """So no convolution has to lay them out anew; eager, the norm gives the other layout."""
+    layout = {2: torch.channels_last, 3: torch.channels_last_3d}[dims]
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    block = _ConvNorm(NetworkConfig(), dims, (4, 8)).to(memory_format=layout)
+    nn.init.normal_(block.norm.weight)
+    image = torch.randn(2, 4, *[6] * dims).contiguous(memory_format=layout)
+    outputs, gradients = [], []
+    for seen in (block, torch.compile(block, backend="aot_eager")):
+        given = image.clone().requires_grad_()
+        outputs.append(seen(given))
+        (outputs[-1] ** 3).sum().backward()
+        block.conv.bias.grad = None  # but for rounding it is 0
+        gradients += [given.grad, *(p.grad for p in block.parameters() if p.grad is not None)]
+        block.zero_grad(set_to_none=True)
+    assert [out.is_contiguous(memory_format=layout) for out in outputs] == [False, True]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    half = len(gradients) // 2
+    torch.testing.assert_close(gradients[half:], gradients[:half], rtol=1e-4, atol=1e-4)

@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.distributed
 from faulty import SOAK
-from ranks import CONFIG, CPU, batches, losses, steps, together, train_rank, weights
+from ranks import CASES, CONFIG, CPU, batches, losses, steps, together, train_rank, weights
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from raybrats.config import override, override_all
 from raybrats.model.inference import uploaded
 from raybrats.train import loop
 from raybrats.train.learner import new_learner
-from raybrats.train.ranks import make_ready
+from raybrats.train.ranks import choose_kernels, make_ready
 from raybrats.train.step import train_step
 
 SELDOM = pytest.mark.skipif(not SOAK, reason="two processes more: make soak")
@@ -100,3 +101,38 @@ def test_ranks_compile_what_lies_between_ddps_buckets_or_none_of_them_does(tmp_p
     else:
         assert all("no compiler here" in rank["said"] for rank in ranks)
         assert ranks[1]["graphs"] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "searches", "steady"),
+    [
+        ({}, True, False),
+        ({"data.sampling": "volume"}, False, False),
+        ({"cluster.deterministic": True}, False, True),
+    ],
+)
+def test_kernels_are_the_fastest_for_one_size_or_those_of_the_same_bits(changes, searches, steady):
+    try:
+        choose_kernels(override_all(CONFIG, changes))
+        assert torch.backends.cudnn.benchmark == searches
+        assert torch.are_deterministic_algorithms_enabled() == steady
+    finally:
+        choose_kernels(CONFIG)
+        torch.backends.cudnn.benchmark = False
+
+
+def test_a_compiled_network_is_one_graph_and_none_is_new_after_a_validation(monkeypatch):
+    counter, compiler = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *of, **how: compiler(*of, backend=counter, **how))
+    torch.compiler.reset()
+    learner = new_learner(override(CONFIG, "cluster.compile", True), CPU)
+    make_ready(learner)
+    assert not learner.not_compiled
+    given, case = batches(CONFIG, CASES, (0, 1, 0)), uploaded(CASES[0], CPU)
+    for _ in range(2):
+        train_step(learner, next(given))
+        loop.validate(learner, [case])
+        train_step(learner, next(given))
+    assert counter.frame_count == 1
+    (graph,) = counter.graphs
+    assert any("batch_norm" in str(node.target) for node in graph.graph.nodes)
