@@ -10,7 +10,6 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.train import UserCallback
-from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -19,6 +18,7 @@ from raybrats import cluster, storage
 from raybrats.config import TrainConfig
 from raybrats.errors import RaybratsError, cause_of
 from raybrats.runs import gauges
+from raybrats.runs.group import Group
 from raybrats.runs.job import Job, Outcome
 from raybrats.train import checkpoint
 
@@ -173,7 +173,7 @@ def _trainer(job: Job, callbacks: Sequence[UserCallback]) -> _Trainer:
     return _Trainer(
         work,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(timeout_s)),
+        torch_config=Group(backend="nccl" if gpu else "gloo", timeout_s=int(timeout_s)),
         scaling_config=ScalingConfig(
             num_workers=elastic if wanted.min_workers else wanted.workers,
             use_gpu=gpu,
