@@ -22,6 +22,7 @@ POST_EVERY_S = 1.0
 """Seconds between two posts to the driver, who takes silence for a stall."""
 LOOK_EVERY_S = 0.5
 """Seconds between two looks at whether the driver wants a checkpoint."""
+_FP32 = "optim.precision fp32: convolutions multiply in TF32 on a GPU, as is torch's default"
 
 
 class Rank0Error(Exception):
@@ -76,6 +77,8 @@ class Lead(Follower):
         self._gauges = gauges.Gauges(job.config.run.name, rejected)
         if resumed is not None:
             self._board.tell.remote(f"resumed at step {resumed.step}")
+        if learner.device.type == "cuda" and job.config.optim.precision == "fp32":
+            self._board.tell.remote(_FP32)
         if job.config.cluster.compile:
             self._log.log({"train/compiled": float(not learner.not_compiled)}, learner.step)
             if learner.not_compiled:
