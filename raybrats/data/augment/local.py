@@ -1,21 +1,24 @@
 """Changes of texture, or of a part of the patch: each changes one modality (i, j, k) in place.
 
-They are steps as those of `intensity` are, and what is said there holds here. They are what
-nnU-Net's trainer DA5 has beyond its default (nnunetv2 2.8.1, batchgeneratorsv2 0.3.6), except that
-statistics are those of the brain.
+They take (modality, brain, value), with brain (i, j, k); the rest of what `intensity` says holds
+here. They are what nnU-Net's trainer DA5 has beyond its default (nnunetv2 2.8.1, batchgeneratorsv2
+0.3.6), except that statistics are those of the brain.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from raybrats.data.augment.intensity import bend, moments
-from raybrats.data.augment.resample import Shape, along_axes
+from raybrats.data.augment.intensity import bend, mean_in, voxels
+from raybrats.data.augment.resample import Shape, along_axes, on_device
 
+Step = Callable[[Tensor, Tensor, Any], None]
+"""Signature of all of them."""
 Box = Sequence[Sequence[float]]
 """Edges over those of the patch, and place in the room that they leave, from 0 to 1: (2, 3)."""
 Bump = Sequence[Sequence[float]]
@@ -58,8 +61,8 @@ def blank(modality: Tensor, brain: Tensor, boxes: Sequence[Box]) -> None:
         rooms = [n - size + 1 for n, size in zip(modality.shape, sizes, strict=True)]
         firsts = [int(place * room) for place, room in zip(places, rooms, strict=True)]
         box = tuple(slice(a, a + size) for a, size in zip(firsts, sizes, strict=True))
-        mean, _ = moments(modality[box], brain[box])
-        modality[box].copy_(mean)
+        mean = mean_in(modality[box][None], brain[box], voxels(brain[box]))
+        modality[box].copy_(mean[0])
 
 
 def bump(place: Bump, shape: Shape, device: torch.device) -> Tensor:
@@ -75,7 +78,8 @@ def bump(place: Bump, shape: Shape, device: torch.device) -> Tensor:
         row = np.exp(-0.5 * distances**2)
         rows.append((row / row.max()).astype(np.float32)[:, None])
     least = float(math.prod(row.min() for row in rows))
-    product = along_axes(torch.ones(1, 1, 1, device=device), rows)
+    columns = [on_device(row, device) for row in rows]
+    product = along_axes(torch.ones(1, 1, 1, device=device), columns)
     return product.sub_(least).div_(1 - least if least < 1 else 1)
 
 
@@ -104,7 +108,7 @@ def bend_locally(modality: Tensor, brain: Tensor, value: tuple[float, Bump]) -> 
     """
     gamma, place = value
     bent = modality.clone()
-    bend(bent, brain, gamma)
+    bend(bent[None], brain, [gamma])
     modality.lerp_(bent, bump(place, modality.shape, modality.device))
 
 
