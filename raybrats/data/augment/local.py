@@ -23,13 +23,16 @@ Box = Sequence[Sequence[float]]
 """Edges over those of the patch, and place in the room that they leave, from 0 to 1: (2, 3)."""
 Bump = Sequence[Sequence[float]]
 """Centre and deviation of a Gaussian over the edges of the patch: (2, 3)."""
+_WINDOWED = 2**24
+"""Most numbers in the windows of the median that are copied at once on a GPU, 64 MB (chosen)."""
 
 
 def median(modality: Tensor, _: Tensor, size: int) -> None:
     """Takes the median of a cube of `size` voxels about each voxel; edges are repeated.
 
     Of an even number of voxels it takes the upper of the two in the middle, and reaches farther
-    down than up, as SciPy does. Windows are copied plane by plane: 22 MB at 128 x 128 and size 7.
+    down than up, as SciPy does. Windows are copied plane by plane on a CPU, 22 MB at 128 x 128 and
+    size 7: those of more planes leave its caches, and took 1.7 times as long (measured).
 
     Example:
         >>> modality = torch.tensor([0.0, 0.0, 9.0, 0.0, 5.0, 5.0]).view(6, 1, 1)
@@ -43,8 +46,9 @@ def median(modality: Tensor, _: Tensor, size: int) -> None:
     for axis, edge in enumerate(sizes):
         windows = windows.unfold(axis, edge, 1)
     rank = math.prod(sizes) // 2 + 1
-    for plane, window in zip(modality, windows, strict=True):
-        plane.copy_(window.flatten(-3).kthvalue(rank).values)
+    at_once = 1 if modality.device.type == "cpu" else max(1, _WINDOWED // windows[0].numel())
+    for planes, some in zip(modality.split(at_once), windows.split(at_once), strict=True):
+        planes.copy_(some.flatten(-3).kthvalue(rank).values)
 
 
 def blank(modality: Tensor, brain: Tensor, boxes: Sequence[Box]) -> None:
