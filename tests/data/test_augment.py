@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raybrats.config import AugmentConfig, TrainConfig, override
+from raybrats.data.augment import augment as augmentation
 from raybrats.data.augment.augment import apply_changes, augment
 from raybrats.data.augment.change import Change, draw_change
-from raybrats.data.augment.intensity import bias_field, gaussian
+from raybrats.data.augment.intensity import bias_fields, gaussian
 from raybrats.data.augment.resample import Warp, sampling_grid
 from raybrats.data.batch import collate, normalise
 from raybrats.data.patch import cut, to_row
@@ -127,6 +128,19 @@ def test_on_a_gpu_the_host_never_waits_and_bits_do_not_depend_on_the_batch(sampl
         parts = augment(ALWAYS, SEED, draws[order], tuple(part[order] for part in batch))
         assert torch.equal(parts[0], together[0][order])
         assert torch.equal(parts[1], together[1][order])
+
+
+@pytest.mark.parametrize("size", [SIZE, (15, 13, 11), (16, 12, 1)])
+def test_modalities_are_changed_together_as_each_alone(monkeypatch, size):
+    """The neighbours of a GPU, on a CPU: there too, what is next to a modality changes no bit."""
+    runs, draws, batch = augmentation._runs, torch.arange(4), make_samples(size)
+    configs = (ALWAYS, replace(ALWAYS, gamma_keeps="range", contrast_keeps_range=0.5))
+    alone = [augment(config, SEED, draws, batch) for config in configs]
+    monkeypatch.setattr(augmentation, "_runs", lambda values, _: runs(values, torch.device("meta")))
+    assert list(augmentation._runs((1, 2, None, 3), CPU)) == [slice(0, 2), slice(3, 4)]
+    for config, before in zip(configs, alone, strict=True):
+        for together, single in zip(augment(config, SEED, draws, batch), before, strict=True):
+            assert torch.equal(together, single)
 
 
 @pytest.mark.parametrize("operation", [name for name in AugmentConfig.CHANGES if name != "mirror"])
@@ -358,12 +372,12 @@ def test_the_bias_field_is_smooth_positive_and_one_at_the_centre_without_a_const
         a, b, c = np.nonzero(coefficients)
         assert (a + b + c).max() <= 3
         assert np.abs(coefficients).max() <= 0.5
-        field = bias_field(coefficients, (32, 24, 16), CPU)
+        (field,) = bias_fields([coefficients], (32, 24, 16), CPU)
         assert field.min() > 0
         assert field.log().diff(dim=0, n=4).abs().max() < 1e-4  # a cubic has no fourth difference
     linear = np.zeros((4, 4, 4))
     linear[1, 0, 0] = np.log(2)
-    ends = bias_field(linear, (5, 2, 1), CPU)[:, 0, 0]
+    ends = bias_fields([linear], (5, 2, 1), CPU)[0][:, 0, 0]
     assert ends.tolist() == pytest.approx([0.5, 2**-0.5, 1, 2**0.5, 2])
     image, _ = changed(Change(bias_field=(linear,) * 4), samples)
     inside = samples[2][0, 0]

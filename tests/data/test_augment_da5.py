@@ -100,7 +100,7 @@ def test_a_local_gamma_lies_between_nothing_and_the_gamma(place, gamma: float):
     before, brain, weight = noise(shape), ball(shape), bump(place, shape, CPU)
     local, whole = before.clone(), before.clone()
     bend_locally(local, brain, (gamma, place))
-    bend(whole, brain, gamma)
+    bend(whole[None], brain, [gamma])
     assert torch.equal(local[weight == 0], before[weight == 0])
     assert torch.equal(local[weight == 1], whole[weight == 1])
     share = (local - before)[brain], (whole - before)[brain] * weight[brain]

@@ -1,13 +1,15 @@
-"""Changes of intensity: each changes one modality (i, j, k) of one patch in place.
+"""Changes of intensity: each changes neighbouring modalities (modality, i, j, k) in place.
 
-All take (modality, brain, value), with brain (i, j, k) where the statistics are taken; what they
-do outside it is removed later. They take one modality at a time, because in place on a view there
-is nothing to gather, and because the last bits of sums and powers depend on the size of the batch
-they are computed in. Nothing here makes the host wait for a GPU.
+All take (modalities, brain, values): brain (i, j, k) is where the statistics are taken, and there
+is one value a modality; what they do outside the brain is removed later. On a GPU every kernel
+costs the host a launch, so one serves all modalities wherever that cannot change a bit. The last
+bits of sums, powers and exponentials depend on the size of what they are computed in: those are
+taken modality by modality, powers by `torch._foreach_*`, which launches one kernel on a GPU and is
+a loop on a CPU. Nothing here makes the host wait for a GPU.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from raybrats.data.augment.resample import Shape, along_axes
+from raybrats.data.augment.resample import Shape, along_axes, on_device
 
-Step = Callable[[Tensor, Tensor, Any], None]
+Step = Callable[[Tensor, Tensor, Sequence[Any]], None]
 """Signature of all changes of intensity."""
 BIAS_ORDER = 3
 """Degree of the bias field's polynomial (TorchIO's default)."""
@@ -25,75 +27,89 @@ _SMALLEST_SPAN = 1e-7
 """Least divisor of a modality that is divided by its span (nnU-Net's value)."""
 
 
-def shade(modality: Tensor, brain: Tensor, coefficients: np.ndarray) -> None:
+def shade(modalities: Tensor, brain: Tensor, coefficients: Sequence[np.ndarray]) -> None:
     """Multiplies the signal, counted from the brain's darkest voxel, by a bias field.
 
     It is counted from there because in a z-score 0 is the mean; the scanner's zero is near the
     minimum.
 
     Example:
-        >>> modality, coefficients = torch.tensor([[[1.0, 3.0]]]), np.zeros((4, 4, 4))
+        >>> modalities, coefficients = torch.tensor([[[[1.0, 3.0]]]]), np.zeros((4, 4, 4))
         >>> coefficients[0, 0, 1] = math.log(2)  # doubles towards the end of k
-        >>> shade(modality, torch.ones(1, 1, 2) > 0, coefficients)
-        >>> modality
-        tensor([[[1., 5.]]])
+        >>> shade(modalities, torch.ones(1, 1, 2) > 0, [coefficients])
+        >>> modalities
+        tensor([[[[1., 5.]]]])
     """
-    low, _ = _range(modality, brain)
-    modality.sub_(low).mul_(bias_field(coefficients, modality.shape, modality.device)).add_(low)
+    low = _lowest(modalities, brain)
+    fields = bias_fields(coefficients, brain.shape, modalities.device)
+    torch._foreach_mul_(list(modalities.sub_(low)), fields)
+    modalities.add_(low)
 
 
-def bias_field(coefficients: np.ndarray, shape: Shape, device: torch.device) -> Tensor:
-    """Exponential of the sum of coefficients[a, b, c] i^a j^b k^c, from -1 to 1 along the patch.
+def bias_fields(
+    coefficients: Sequence[np.ndarray], shape: Shape, device: torch.device
+) -> list[Tensor]:
+    """Exponentials of the sums of coefficients[a, b, c] i^a j^b k^c, from -1 to 1 along the patch.
 
     Example:
-        >>> bias_field(np.zeros((4, 4, 4)), (1, 1, 2), torch.device("cpu"))
-        tensor([[[1., 1.]]])
+        >>> bias_fields([np.zeros((4, 4, 4))], (1, 1, 2), torch.device("cpu"))
+        [tensor([[[1., 1.]]])]
     """
     places = [np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape]
-    powers = [np.vander(axis, BIAS_ORDER + 1, increasing=True) for axis in places]
-    cube = torch.from_numpy(coefficients.astype(np.float32)).to(device, non_blocking=True)
-    return along_axes(cube, powers).exp_()
+    powers = [
+        on_device(np.vander(axis, BIAS_ORDER + 1, increasing=True), device) for axis in places
+    ]
+    fields = [along_axes(cube, powers) for cube in on_device(np.stack(coefficients), device)]
+    torch._foreach_exp_(fields)
+    return fields
 
 
-def add_noise(modality: Tensor, _: Tensor, value: tuple[float, int]) -> None:
+def add_noise(modalities: Tensor, _: Tensor, values: Sequence[tuple[float, int]]) -> None:
     """Adds Gaussian noise of a deviation and seed.
 
     Example:
-        >>> modality = torch.zeros(8, 8, 8)
-        >>> add_noise(modality, modality > 0, (0.1, 42))
-        >>> 0.08 < modality.std() < 0.12
+        >>> modalities = torch.zeros(1, 8, 8, 8)
+        >>> add_noise(modalities, modalities[0] > 0, [(0.1, 42)])
+        >>> 0.08 < modalities.std() < 0.12
         tensor(True)
     """
-    deviation, seed = value
-    source = torch.Generator(modality.device).manual_seed(seed)
-    modality.add_(torch.empty_like(modality).normal_(generator=source), alpha=deviation)
+    for modality, (deviation, seed) in zip(modalities, values, strict=True):
+        source = torch.Generator(modality.device).manual_seed(seed)
+        modality.add_(torch.empty_like(modality).normal_(generator=source), alpha=deviation)
 
 
-def blur(modality: Tensor, _: Tensor, sigmas: tuple[float, float, float]) -> None:
+def blur(modalities: Tensor, _: Tensor, sigmas: Sequence[tuple[float, float, float]]) -> None:
     """Blurs with the discrete Gaussian of a sigma in voxels along each axis; edges are repeated.
 
     Sums of shifted views are seven times faster on two CPU cores than torch's convolution or a
     matrix product (measured, 128^3), and their order of summation is the same everywhere.
 
     Example:
-        >>> modality = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]).view(5, 1, 1)
-        >>> blur(modality, modality > 0, (0.5, 0.0, 0.0))
-        >>> modality.flatten()
+        >>> modalities = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]).view(1, 5, 1, 1)
+        >>> blur(modalities, modalities[0] > 0, [(0.5, 0.0, 0.0)])
+        >>> modalities.flatten()
         tensor([0.0061, 0.0981, 0.7910, 0.0981, 0.0061])
     """
+    shape = modalities.shape[1:]
     kernels = [
-        gaussian(sigma if n > 1 else 0) for n, sigma in zip(modality.shape, sigmas, strict=True)
+        [gaussian(sigma if n > 1 else 0) for sigma in of_axis]
+        for n, of_axis in zip(shape, zip(*sigmas, strict=True), strict=True)
     ]
-    margins = [len(kernel) - 1 for kernel in reversed(kernels) for _ in range(2)]
-    blurred = pad(modality[None], margins, mode="replicate")[0]
-    for axis, (n, kernel) in enumerate(zip(modality.shape, kernels, strict=True)):
-        middle = len(kernel) - 1
-        total = blurred.narrow(axis, middle, n) * kernel[0]
-        for shift, weight in enumerate(kernel[1:], start=1):
-            total.add_(blurred.narrow(axis, middle - shift, n), alpha=weight)
-            total.add_(blurred.narrow(axis, middle + shift, n), alpha=weight)
+    reaches = [max(map(len, of_axis)) - 1 for of_axis in kernels]
+    weights = np.zeros((3, max(reaches) + 1, len(modalities), 1, 1, 1))
+    for axis, of_axis in enumerate(kernels):
+        for number, kernel in enumerate(of_axis):
+            weights[axis, : len(kernel), number, 0, 0, 0] = kernel
+    margins = [reach for reach in reversed(reaches) for _ in range(2)]
+    blurred = pad(modalities, margins, mode="replicate")
+    for axis, of_axis in enumerate(on_device(weights, modalities.device)):
+        n, reach = shape[axis], reaches[axis]
+        total = blurred.narrow(axis + 1, reach, n) * of_axis[0]
+        for shift in range(1, reach + 1):
+            for first in (reach - shift, reach + shift):
+                total.addcmul_(blurred.narrow(axis + 1, first, n), of_axis[shift])
         blurred = total
-    modality.copy_(blurred)
+    modalities.copy_(blurred)
 
 
 def gaussian(sigma: float) -> list[float]:
@@ -113,135 +129,156 @@ def gaussian(sigma: float) -> list[float]:
     return (weights / (2 * weights.sum() - weights[0])).tolist()
 
 
-def brighten(modality: Tensor, _: Tensor, factor: float) -> None:
+def brighten(modalities: Tensor, _: Tensor, factors: Sequence[float]) -> None:
     """Multiplies by a factor.
 
     Example:
-        >>> modality = torch.ones(1, 1, 2)
-        >>> brighten(modality, modality > 0, 1.25)
-        >>> modality
-        tensor([[[1.2500, 1.2500]]])
+        >>> modalities = torch.ones(1, 1, 1, 2)
+        >>> brighten(modalities, modalities[0] > 0, [1.25])
+        >>> modalities
+        tensor([[[[1.2500, 1.2500]]]])
     """
-    modality.mul_(factor)
+    torch._foreach_mul_(list(modalities), factors)
 
 
-def lift(modality: Tensor, _: Tensor, shift: float) -> None:
+def lift(modalities: Tensor, _: Tensor, shifts: Sequence[float]) -> None:
     """Adds a number.
 
     Example:
-        >>> modality = torch.ones(1, 1, 2)
-        >>> lift(modality, modality > 0, -0.25)
-        >>> modality
-        tensor([[[0.7500, 0.7500]]])
+        >>> modalities = torch.ones(1, 1, 1, 2)
+        >>> lift(modalities, modalities[0] > 0, [-0.25])
+        >>> modalities
+        tensor([[[[0.7500, 0.7500]]]])
     """
-    modality.add_(shift)
+    torch._foreach_add_(list(modalities), shifts)
 
 
-def stretch(modality: Tensor, brain: Tensor, factor: float) -> None:
+def stretch(modalities: Tensor, brain: Tensor, factors: Sequence[float]) -> None:
     """Changes the contrast about the brain's mean.
 
     Example:
-        >>> modality = torch.tensor([[[0.0, 4.0, 8.0]]])
-        >>> stretch(modality, torch.ones(1, 1, 3) > 0, 1.5)
-        >>> modality
-        tensor([[[-2.,  4., 10.]]])
+        >>> modalities = torch.tensor([[[[0.0, 4.0, 8.0]]]])
+        >>> stretch(modalities, torch.ones(1, 1, 3) > 0, [1.5])
+        >>> modalities
+        tensor([[[[-2.,  4., 10.]]]])
     """
-    mean, _ = moments(modality, brain)
-    modality.sub_(mean).mul_(factor).add_(mean)
+    mean = mean_in(modalities, brain, voxels(brain))
+    torch._foreach_mul_(list(modalities.sub_(mean)), factors)
+    modalities.add_(mean)
 
 
-def stretch_keeping_range(modality: Tensor, brain: Tensor, factor: float) -> None:
+def stretch_keeping_range(modalities: Tensor, brain: Tensor, factors: Sequence[float]) -> None:
     """Changes the contrast about the brain's mean; the brain's range is kept (nnU-Net).
 
     Example:
-        >>> modality = torch.tensor([[[0.0, 4.0, 8.0]]])
-        >>> stretch_keeping_range(modality, torch.ones(1, 1, 3) > 0, 1.5)
-        >>> modality
-        tensor([[[0., 4., 8.]]])
+        >>> modalities = torch.tensor([[[[0.0, 4.0, 8.0]]]])
+        >>> stretch_keeping_range(modalities, torch.ones(1, 1, 3) > 0, [1.5])
+        >>> modalities
+        tensor([[[[0., 4., 8.]]]])
     """
-    low, high = _range(modality, brain)
-    stretch(modality, brain, factor)
-    modality.clamp_(low, high)
+    low, high = _range(modalities, brain)
+    stretch(modalities, brain, factors)
+    modalities.clamp_(low, high)
 
 
-def coarsen(modality: Tensor, _: Tensor, zoom: float) -> None:
-    """Takes the nearest voxels of a grid coarser by `zoom`, and interpolates back linearly.
+def coarsen(modalities: Tensor, _: Tensor, zooms: Sequence[float]) -> None:
+    """Takes the nearest voxels of a grid coarser by a zoom, and interpolates back linearly.
 
     Example:
-        >>> modality = torch.arange(4.0).view(1, 1, 4)
-        >>> coarsen(modality, modality > 0, 0.5)
-        >>> modality
-        tensor([[[1.0000, 1.5000, 2.5000, 3.0000]]])
+        >>> modalities = torch.arange(4.0).view(1, 1, 1, 4)
+        >>> coarsen(modalities, modalities[0] > 0, [0.5])
+        >>> modalities
+        tensor([[[[1.0000, 1.5000, 2.5000, 3.0000]]]])
     """
-    coarse = [max(1, round(n * zoom)) for n in modality.shape]
-    small = interpolate(modality[None, None], coarse, mode="nearest-exact")
-    modality.copy_(interpolate(small, modality.shape, mode="trilinear")[0, 0])
+    for modality, zoom in zip(modalities, zooms, strict=True):
+        coarse = [max(1, round(n * zoom)) for n in modality.shape]
+        small = interpolate(modality[None, None], coarse, mode="nearest-exact")
+        modality.copy_(interpolate(small, modality.shape, mode="trilinear")[0, 0])
 
 
-def bend(modality: Tensor, brain: Tensor, gamma: float) -> None:
+def bend(modalities: Tensor, brain: Tensor, gammas: Sequence[float]) -> None:
     """Raises to a power within the brain's range, which is kept.
 
     Example:
-        >>> modality = torch.tensor([[[0.0, 2.0, 4.0]]])
-        >>> bend(modality, torch.ones(1, 1, 3) > 0, 2.0)
-        >>> modality
-        tensor([[[0., 1., 4.]]])
+        >>> modalities = torch.tensor([[[[0.0, 2.0, 4.0]]]])
+        >>> bend(modalities, torch.ones(1, 1, 3) > 0, [2.0])
+        >>> modalities
+        tensor([[[[0., 1., 4.]]]])
     """
-    low, high = _range(modality, brain)
+    low, high = _range(modalities, brain)
     span = high - low
-    modality.sub_(low).div_(span.clamp(min=_SMALLEST_SPAN)).clamp_(0, 1).pow_(gamma)
-    modality.mul_(span).add_(low)
+    modalities.sub_(low).div_(span.clamp(min=_SMALLEST_SPAN)).clamp_(0, 1)
+    torch._foreach_pow_(list(modalities), gammas)
+    modalities.mul_(span).add_(low)
 
 
-def bend_keeping_moments(modality: Tensor, brain: Tensor, gamma: float) -> None:
+def bend_keeping_moments(modalities: Tensor, brain: Tensor, gammas: Sequence[float]) -> None:
     """Raises to a power within the brain's range; its mean and deviation are kept (nnU-Net).
 
     Example:
-        >>> modality = torch.tensor([[[0.0, 2.0, 4.0]]])
-        >>> bend_keeping_moments(modality, torch.ones(1, 1, 3) > 0, 2.0)
-        >>> modality
-        tensor([[[0.3987, 1.3595, 4.2418]]])
+        >>> modalities = torch.tensor([[[[0.0, 2.0, 4.0]]]])
+        >>> bend_keeping_moments(modalities, torch.ones(1, 1, 3) > 0, [2.0])
+        >>> modalities
+        tensor([[[[0.3987, 1.3595, 4.2418]]]])
     """
-    mean, deviation = moments(modality, brain)
-    bend(modality, brain, gamma)
-    moved, spread = moments(modality, brain)
-    modality.sub_(moved).mul_(deviation / spread.clamp(min=_SMALLEST_SPAN)).add_(mean)
+    count = voxels(brain)
+    mean = mean_in(modalities, brain, count)
+    variance = mean_in((modalities - mean).square_(), brain, count)
+    bend(modalities, brain, gammas)
+    modalities.sub_(mean_in(modalities, brain, count))
+    spread = mean_in(modalities.square(), brain, count).sqrt_()
+    modalities.mul_(variance.sqrt_() / spread.clamp(min=_SMALLEST_SPAN)).add_(mean)
 
 
 def on_negative(step: Step) -> Step:
     """The same step on the negative: gamma then bends most where the modality is bright.
 
     Example:
-        >>> modality = torch.tensor([[[1.0, 3.0, 5.0]]])
-        >>> on_negative(bend)(modality, torch.ones(1, 1, 3) > 0, 2.0)
-        >>> modality
-        tensor([[[1., 4., 5.]]])
+        >>> modalities = torch.tensor([[[[1.0, 3.0, 5.0]]]])
+        >>> on_negative(bend)(modalities, torch.ones(1, 1, 3) > 0, [2.0])
+        >>> modalities
+        tensor([[[[1., 4., 5.]]]])
     """
 
-    def inverted(modality: Tensor, brain: Tensor, value: float) -> None:
-        step(modality.neg_(), brain, value)
-        modality.neg_()
+    def inverted(modalities: Tensor, brain: Tensor, values: Sequence[Any]) -> None:
+        step(modalities.neg_(), brain, values)
+        modalities.neg_()
 
     return inverted
 
 
-def moments(modality: Tensor, brain: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation in the brain, on the device; 0 where there is none.
+def voxels(brain: Tensor) -> Tensor:
+    """Number of voxels in the brain, at least 1, on the device.
 
     Example:
-        >>> moments(torch.tensor([[[1.0, 3.0, 9.0]]]), torch.tensor([[[True, True, False]]]))
-        (tensor(2.), tensor(1.))
+        >>> voxels(torch.tensor([[[True, True, False]]]))
+        tensor(2)
     """
-    count = brain.sum().clamp(min=1)
-    mean = (modality * brain).sum() / count
-    return mean, (modality.where(brain, mean) - mean).square_().sum().div_(count).sqrt_()
+    return brain.sum().clamp_(min=1)
 
 
-def _range(modality: Tensor, brain: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest value in the brain, on the device.
+def mean_in(modalities: Tensor, brain: Tensor, count: Tensor) -> Tensor:
+    """Mean of each modality in the brain, on the device, (modality, 1, 1, 1); 0 if it is empty.
 
-    `where` would copy its scalar to a GPU and wait; filling does not.
+    Example:
+        >>> brain = torch.tensor([[[True, True, False]]])
+        >>> mean_in(torch.tensor([[[[1.0, 3.0, 9.0]]]]), brain, voxels(brain))
+        tensor([[[[2.]]]])
     """
-    outside = ~brain
-    low = modality.masked_fill(outside, torch.inf).amin()
-    return low, modality.masked_fill(outside, -torch.inf).amax()
+    sums = torch.stack([inside.sum() for inside in modalities * brain])
+    return sums.div_(count).view(-1, 1, 1, 1)
+
+
+def _range(modalities: Tensor, brain: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest value of each modality in the brain, on the device."""
+    low = _lowest(modalities, brain)
+    return low, modalities.where(brain, low).amax((1, 2, 3), keepdim=True)
+
+
+def _lowest(modalities: Tensor, brain: Tensor) -> Tensor:
+    """Least value of each modality in the brain, on the device, (modality, 1, 1, 1).
+
+    `where` would copy a Python number to a GPU and wait; one that is made there it takes as it is.
+    """
+    beyond = modalities.new_full((), torch.inf)
+    return modalities.where(brain, beyond).amin((1, 2, 3), keepdim=True)

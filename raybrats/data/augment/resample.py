@@ -55,9 +55,9 @@ def resample(warp: Warp, image: Tensor, labels: Tensor, brain: Tensor) -> Tensor
     """
     grid = sampling_grid(warp, labels.shape, image.device)
     image.copy_(_sample(image, grid, "bilinear"))
-    code = _sample(labels + _BRAIN * brain.float(), grid, "nearest")
+    code = _sample(torch.add(labels, brain, alpha=_BRAIN).float(), grid, "nearest")
     brain = code >= _BRAIN
-    labels.copy_((code - _BRAIN * brain)[0])
+    labels.copy_(code.add_(brain, alpha=-_BRAIN)[0])
     return brain
 
 
@@ -82,31 +82,40 @@ def sampling_grid(warp: Warp, shape: Shape, device: torch.device) -> Tensor:
         >>> sampling_grid(Warp(), (2, 1, 1), torch.device("cpu"))[..., 2].flatten()
         tensor([-0.5000,  0.5000])
     """
-    matrix = _matrix(warp, shape)
-    places = [torch.arange(n, device=device) - (n - 1) / 2 for n in shape]
-    i, j, k = (p.view([-1 if a == b else 1 for b in range(3)]) for a, p in enumerate(places))
-    grid = torch.empty((*shape, 3), device=device)
-    for axis, (n, row) in enumerate(zip(shape, (matrix * 2).tolist(), strict=True)):
-        plane = i * (row[0] / n) + j * (row[1] / n)
-        torch.add(plane, k * (row[2] / n), out=grid[..., 2 - axis])
+    rows = (2 * _matrix(warp, shape) / np.array(shape)[:, None])[::-1].astype(np.float32)
+    places = [(np.arange(n) - (n - 1) / 2).astype(np.float32) for n in shape]
+    # products are made on the host, (3, i + j + k): one copy, and only sums are left to the device
+    shares = np.concatenate([np.outer(rows[:, a], each) for a, each in enumerate(places)], axis=1)
+    i, j, k = on_device(shares, device).split(list(shape), dim=1)
+    grid = (i[:, :, None] + j[:, None])[..., None] + k[:, None, None]
     if warp.elastic_voxels > 0:
         for axis, shift in _displacements(warp, shape, device).items():
-            grid[..., 2 - axis].add_(shift, alpha=2 / shape[axis])
-    return grid
+            grid[2 - axis].add_(shift, alpha=2 / shape[axis])
+    return grid.movedim(0, -1)
 
 
-def along_axes(cube: Tensor, matrices: Sequence[np.ndarray]) -> Tensor:
+def on_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Numbers as float32 on a device, copied without waiting.
+
+    Example:
+        >>> on_device(np.eye(2), torch.device("cpu"))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    return torch.from_numpy(numbers.astype(np.float32)).to(device, non_blocking=True)
+
+
+def along_axes(cube: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """A contiguous cube (i, j, k) with each matrix (out, in) applied along its axis.
 
     The bits of a batched product may depend on how many are in the batch, so this takes one cube.
 
     Example:
-        >>> along_axes(torch.ones(2, 3, 1), [np.ones((1, 2)), np.eye(3), np.eye(1)]).flatten()
+        >>> matrices = torch.ones(1, 2), torch.eye(3), torch.eye(1)
+        >>> along_axes(torch.ones(2, 3, 1), matrices).flatten()
         tensor([2., 2., 2.])
     """
-    first, second, third = (
-        torch.from_numpy(m.astype(np.float32)).to(cube.device, non_blocking=True) for m in matrices
-    )
+    first, second, third = matrices
     cube = (first @ cube.flatten(1)).view(-1, *cube.shape[1:])
     return second @ cube @ third.T
 
@@ -127,10 +136,10 @@ def _matrix(warp: Warp, shape: Shape) -> np.ndarray:
 
 def _displacements(warp: Warp, shape: Shape, device: torch.device) -> dict[int, Tensor]:
     """Voxels (i, j, k) by which each axis longer than 1 is displaced: cubic B-splines."""
-    splines = [_spline(n, warp.spacing_voxels) for n in shape]
+    splines = [on_device(_spline(n, warp.spacing_voxels), device) for n in shape]
     size = (3, *(s.shape[1] for s in splines))
     points = np.random.default_rng(warp.seed).uniform(-1, 1, size) * warp.elastic_voxels
-    shifts = torch.from_numpy(points.astype(np.float32)).to(device, non_blocking=True)
+    shifts = on_device(points, device)
     return {a: along_axes(shifts[a], splines) for a, n in enumerate(shape) if n > 1}
 
 
