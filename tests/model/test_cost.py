@@ -1,16 +1,21 @@
 """What a step costs: the gradients of a convolution as many operations as it has itself, each."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from raybrats.config import DataConfig, NetworkConfig, TrainConfig, override, override_all
 from raybrats.errors import UsageError
 from raybrats.model.cost import check_memory, cost, memory
+from raybrats.model.loss import loss_of
 from raybrats.model.network import heads, network_of
+from raybrats.recipes import nnunet
 from raybrats.train.learner import new_learner
 from raybrats.train.step import update
 
@@ -70,6 +75,27 @@ def test_each_weight_has_a_gradient_and_what_the_optimiser_keeps(changes, number
         tensors += learner.average.parameters()
     held = sum(each.nbytes for each in tensors if each.ndim)
     assert memory(config).fixed_bytes == held == 4 * numbers * cost(config).parameters
+
+
+def test_a_patch_of_nnunets_keeps_no_more_than_it_has_to():
+    """Its network in half precision, heads of their own resolution, and the loss: bytes a voxel."""
+    config, kept = nnunet(), {}
+    voxels = math.prod(config.data.patch_size)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        image, labels = (torch.empty(1, *n, *config.data.patch_size) for n in ((4,), ()))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found = heads(network_of(config).train()(image))
+            of_network = sum(kept.values())
+            loss_of(config)(found, labels)
+    assert config.optim.precision == "bf16"
+    assert of_network / voxels < 890
+    assert sum(head.nbytes for head in found) / voxels < 1.15 * 3 * 2  # three outputs, and coarser
+    assert (sum(kept.values()) - of_network) / voxels < 97
 
 
 @given(fraction=st.floats(0.01, 1.5), micro=st.integers(0, 6))
