@@ -91,15 +91,20 @@ class Stream:
 
     def __iter__(self) -> "Iterator[Batch]":
         """Opens the stream anew; closing the iterator ends its tasks."""
-        for batch, tally in _in_a_thread(self._batches(), BATCHES_AHEAD):
+        from torch import cuda  # not in tasks: torch makes them slow to start
+
+        pin = self._config.cluster.device != "cpu" and cuda.is_available()
+        batches = self._batches(pin=pin)
+        # A CPU has no core for another thread, and memory that two share costs twice the faults.
+        for batch, tally in in_a_thread(batches, BATCHES_AHEAD) if pin else batches:
             self.tally += tally
             yield batch
 
-    def _batches(self) -> "Generator[tuple[Batch, Tally]]":
+    def _batches(self, *, pin: bool) -> "Generator[tuple[Batch, Tally]]":
         """Each batch, with the tally of the look-ups since the one before."""
-        from raybrats.data.batch import collate  # not in tasks: torch makes them slow to start
+        from raybrats.data.batch import collate
 
-        mine, pin = self._assignment, self._config.cluster.device != "cpu"
+        mine = self._assignment
         windows = self._plan.visits(
             rank=mine.rank, world=mine.world, start=mine.start, stop=mine.stop
         )
@@ -155,7 +160,7 @@ class Stream:
         rows = rows.flat_map(self._task, num_cpus=cpus_per_task, memory=TASK_BYTES, **where)
         context, cpus = rows.context, max(self._assignment.cpus, cpus_per_task)
         context.target_max_block_size = block_bytes = max(BLOCK_BYTES, patch_bytes)
-        window_bytes = num_draws * patch_bytes * self._plan.global_batch
+        window_bytes = num_draws * self._batch_bytes
         # else tasks run ahead of a slow consumer until half of the object store is full
         limit_bytes = 2 * (window_bytes + 2 * block_bytes * cpus / cpus_per_task)
         limit_bytes += self.batches_ahead() * self._batch_bytes
@@ -198,8 +203,13 @@ class PatchTask:
             tally = Tally()
 
 
-def _in_a_thread(items: Generator[T], ahead: int) -> Generator[T]:
-    """The items of a generator that runs in a thread, so many of them before they are wanted."""
+def in_a_thread(items: Generator[T], ahead: int) -> Generator[T]:
+    """The items of a generator that runs in a thread, so many of them before they are wanted.
+
+    Example:
+        >>> list(in_a_thread((n * n for n in range(4)), ahead=2))
+        [0, 1, 4, 9]
+    """
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
     def following() -> T | None:

@@ -7,8 +7,9 @@ then cut) over the same visits, in order, two patches of int16 a batch: raybrats
 through `Stream`, the other as a map-style Dataset with --workers worker processes. In each round
 both go, one after the other. A stream begins with an empty cache; the first --lead batches, while
 processes start, are not timed; the rest of the first epoch is "cold", --epochs more are "warm".
-Printed are medians over the rounds. CPU is that of all processes, Ray's own included. The goal is
-about warm patches a second, raybrats over DataLoader.
+Printed are medians over the rounds. CPU is that of all processes, Ray's own included; own CPU is
+that of the process that takes the batches, and longest the longest wait for one. The goal is about
+warm patches a second, raybrats over DataLoader.
 
 Without --cases, phantoms. A cohort of --num-cases is made of copies that differ in their digests.
 """
@@ -45,6 +46,10 @@ class Pass:
     patches: int
     wall_s: float
     cpu_s: float
+    own_s: float
+    """CPU-seconds of the process that takes the batches, a worker's beside its step."""
+    longest_s: float
+    """Longest wait for a batch."""
 
 
 class Patches(Dataset):
@@ -93,13 +98,16 @@ def start_workers(count: int, num_cpus: float) -> None:
 
 def read(images: Iterator[object], ends: Sequence[int], meter: Meter) -> list[Pass]:
     """What the steps between one end and the next cost."""
-    passes, patches, marks = [], 0, (0.0, 0.0)
+    passes, patches, marks, longest, last = [], 0, (0.0, 0.0, 0.0), 0.0, 0.0
     for step, image in enumerate(images, start=1):
         patches += len(image)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
         if step in ends:
-            now = time.perf_counter(), meter.seconds()
-            passes.append(Pass(patches, now[0] - marks[0], now[1] - marks[1]))
-            patches, marks = 0, now
+            marks, before = (now, meter.seconds(), time.process_time()), marks
+            spent = (after - earlier for after, earlier in zip(marks, before, strict=True))
+            passes.append(Pass(patches, *spent, longest))
+            patches, longest = 0, 0.0
     return passes[1:]
 
 
@@ -127,6 +135,8 @@ def _summary(rounds: list[list[Pass]], edge: int) -> dict[str, float]:
         row[f"{name} patch/s"] = speed
         row[f"{name} MB/s"] = speed * 4 * 2 * edge**3 / 1e6
         row[f"{name} CPU-ms"] = 1e3 * statistics.median(p.cpu_s / p.patches for p in done)
+        row[f"{name} own CPU-ms"] = 1e3 * statistics.median(p.own_s / p.patches for p in done)
+        row[f"{name} longest ms"] = 1e3 * statistics.median(p.longest_s for p in done)
     return row
 
 

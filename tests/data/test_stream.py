@@ -2,9 +2,10 @@
 
 import random
 import shutil
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -274,6 +275,32 @@ def nodes_of_tasks() -> Counter[str]:
     which = [("name", "=", "FlatMap(PatchTask)")]
     found = list_tasks(filters=which, limit=10_000, raise_on_missing_output=False)
     return Counter(task.node_id for task in found if task.node_id)
+
+
+def test_a_thread_runs_ahead_hands_over_what_is_raised_and_closes():
+    made, closed_by = [], []
+
+    def numbers(stop: int) -> Generator[int]:
+        try:
+            for number in range(stop):
+                made.append(number)
+                yield number
+            raise DataError("the end")
+        finally:
+            closed_by.append(threading.current_thread())
+
+    ahead = stream.in_a_thread(numbers(100), 3)
+    assert (next(ahead), next(ahead)) == (0, 1)
+    until = time.monotonic() + 10
+    while len(made) < 5 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert made == [0, 1, 2, 3, 4]
+    ahead.close()
+    while not closed_by and time.monotonic() < until:
+        time.sleep(0.01)
+    assert closed_by != [threading.main_thread()]
+    with pytest.raises(DataError, match="the end"):
+        list(stream.in_a_thread(numbers(5), 2))
 
 
 def test_a_gpu_has_a_second_of_patches_ready_if_they_fit(config: TrainConfig, cases: list[Case]):
