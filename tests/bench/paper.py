@@ -11,8 +11,8 @@ code came to when it was read on paper. A step of several takes more by
     slowest   all wait for the slowest: their times are normal, independent, of deviation --jitter
 
 and takes no less than `network`, in which the card moves gradients and patches, or `feeding`, in
-which the node's CPUs make the patches. Patches cross the network because Ray Data spreads its tasks
-over the nodes; "near" is the efficiency if each ran on the node that wants its patch.
+which the node's CPUs make the patches. Patches cross the network where tasks are spread over all
+nodes; "near" is the efficiency where each runs on the node that wants its patch.
 
 It is kind to the network: links are used fully and both ways at once (what NCCL and Ray reach of
 that was not measured), and exchange and patches hinder each other in their sum only. It is unkind
@@ -255,13 +255,13 @@ def steps_table(work: Work, places: Sequence[Place], counts: Sequence[int]) -> T
 
 
 def ends_table(work: Work, places: Sequence[Place]) -> Table:
-    """From how many GPUs on the efficiency is less than 90 %, as it is and if something changed."""
+    """From how many GPUs on the efficiency is less than 90 %, spread and if something changed."""
     double = replace(work, patches=2 * work.patches, step_s=2 * work.step_s)
     half = replace(work, sent=0.5)
     rows: Table = {}
     for place in places:
         near, even = replace(place, near=True), replace(place, jitter=0.0)
-        changed = {"as it is": (work, place), "near": (work, near), "no jitter": (work, even)}
+        changed = {"spread": (work, place), "near": (work, near), "no jitter": (work, even)}
         changed |= {"bf16 gradients": (half, place), "twice the batch": (double, place)}
         rows[_gbit(place)] = {name: first_below(90, *each) for name, each in changed.items()}
     return rows
