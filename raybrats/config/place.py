@@ -18,8 +18,8 @@ class ClusterConfig(Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Device of each worker; `auto` takes one GPU a worker where the cluster has GPUs."""
     cpus_per_worker: float = 1.0
-    """CPUs that each worker reserves; on a CPU as many threads compute. To take 100 patches (128^3) a
-    second from the stream is 0.9 of a core's work (measured)."""
+    """CPUs that each worker reserves; on a CPU as many threads compute. Taking 100 patches (128^3)
+    a second from the stream is 0.9 of a core's work (measured)."""
     max_failures: int = 3
     """Restarts of the workers before the run gives up; those after a preemption notice are free."""
     collective_timeout_s: float = 600.0
