@@ -4,17 +4,16 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from raybrats import storage
 from raybrats.config import TrainConfig
 from raybrats.errors import CheckpointError, DivergedError, StorageError
 from raybrats.train import checkpoint, manifest
 from raybrats.train.checkpoint import Checkpoint, Snapshot, Written
+from raybrats.train.copies import copied
 from raybrats.train.learner import Learner
 from raybrats.train.ranks import world_size
 
@@ -148,29 +147,3 @@ class Saver:
             checkpoint.quarantine(uri)
         elif not has_weights and not storage.is_remote(uri):  # room on a disk that may be full
             storage.delete(uri)
-
-
-def copied(state: Any, kept: Any) -> Any:  # noqa: ANN401 - a tree of what an optimiser keeps
-    """The same tree with copies of its tensors on the CPU, in the memory of `kept` where it fits.
-
-    Copies from a GPU are under way when this returns.
-
-    Example:
-        >>> kept = {"bias": torch.zeros(2)}
-        >>> copied({"bias": torch.ones(2), "rate": 0.1}, kept)
-        {'bias': tensor([1., 1.]), 'rate': 0.1}
-        >>> kept
-        {'bias': tensor([1., 1.])}
-    """
-    if isinstance(state, Tensor):
-        if not (isinstance(kept, Tensor) and kept.shape == state.shape):
-            kept = torch.empty_like(state, device="cpu", pin_memory=state.is_cuda)
-        return kept.copy_(state.detach(), non_blocking=True)
-    if isinstance(state, Mapping):
-        before = kept if isinstance(kept, Mapping) else {}
-        return {name: copied(value, before.get(name)) for name, value in state.items()}
-    if isinstance(state, list | tuple):
-        before = kept if isinstance(kept, list | tuple) else ()
-        pairs = zip_longest(state, before[: len(state)])
-        return type(state)(copied(value, old) for value, old in pairs)
-    return state

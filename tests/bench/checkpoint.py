@@ -37,8 +37,8 @@ from raybrats.errors import CheckpointError, MissingObjectError
 from raybrats.recipes import nnunet
 from raybrats.train import checkpoint
 from raybrats.train.checkpoint import Snapshot
+from raybrats.train.copies import copied
 from raybrats.train.learner import Learner, new_learner
-from raybrats.train.saver import copied
 
 EPOCH = 250
 COPY, FINITE = "ours: copy, the step waits", "ours: are the weights finite"
