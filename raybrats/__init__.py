@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 if TYPE_CHECKING:
     from ray.tune.search.sample import Domain
@@ -186,32 +186,47 @@ def evaluate(predictions: str, references: str, edition: str | None = None) -> "
     return evaluate(predictions, references, edition)
 
 
+class ReportOptions(TypedDict, total=False):
+    """What a report shows beside the scores and some cases; each may be left out."""
+
+    run: str
+    """MLflow run whose curves are shown; that of the predictions' model where not given."""
+    tracking_uri: str
+    """MLflow server; MLFLOW_TRACKING_URI, else runs/mlflow.db, where not given."""
+    cases: Sequence[str]
+    """Ids of cases that are shown in any event."""
+    against: str
+    """Folder or URI of another model's predictions, which are set beside these."""
+    viewer: bool
+    """Whether the page holds NiiVue, a viewer in three dimensions."""
+
+
 def report(
     predictions: str,
     cohort: str,
     out: str = "report.html",
-    *,
-    run: str = "",
-    tracking_uri: str = "",
+    **options: Unpack[ReportOptions],
 ) -> str:
-    """One HTML page with curves, scores and overlays; returns where it lies.
+    """One HTML page with curves, scores and slices; returns where it lies.
+
+    It is also logged to MLflow, with the run of the predictions' model.
 
     Args:
         predictions: folder or URI that `predict` wrote.
         cohort: the cases that it read.
         out: the page.
-        run: MLflow run whose curves are shown; that of the predictions' model where not given.
-        tracking_uri: MLflow server; MLFLOW_TRACKING_URI, else runs/mlflow.db, where not given.
+        options: as in `ReportOptions`.
 
     Raises:
         DataError: the folder holds no predictions of these cases.
+        UsageError: a case that is to be shown has no prediction.
 
     Example:
-        >>> report("out", "cohort.parquet")  # doctest: +SKIP
+        >>> report("out", "cohort.parquet", cases=["BraTS20_Training_003"])  # doctest: +SKIP
     """
-    from raybrats.predict.report import write_report
+    from raybrats.predict.report import Options, write_report
 
-    return write_report(predictions, cohort, out, run=run, tracking_uri=tracking_uri)
+    return write_report(predictions, cohort, out, Options(**options))
 
 
 def __dir__() -> list[str]:

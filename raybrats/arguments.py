@@ -103,13 +103,19 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML page: curves of a run, scores and overlays of its predictions."""
+    """Write one HTML page: curves of a run, scores and slices of its predictions."""
 
     predictions: Positional[str]
     cohort: Positional[str]
     run: str = ""
     """MLflow run whose curves are shown; empty: that of the predictions' model."""
     out: str = "report.html"
+    against: str = ""
+    """Folder or URI of another model's predictions, which are set beside these."""
+    case: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """Id of a case that is shown in any event; once a case."""
+    viewer: bool = False
+    """Whether the page holds NiiVue, a viewer in three dimensions: 1.1 MB more."""
     tracking_uri: str = ""
     """MLflow server; empty: MLFLOW_TRACKING_URI, else runs/mlflow.db."""
 

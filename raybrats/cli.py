@@ -186,13 +186,15 @@ def evaluate(args: Sequence[str]) -> Answer:
 
 
 def report(args: Sequence[str]) -> Answer:
-    """Write one HTML page: curves of a run, scores and overlays of its predictions.
+    """Write one HTML page: curves of a run, scores and slices of its predictions.
 
     Example:
         >>> report(["predictions", "cohort.parquet"]).title  # doctest: +SKIP
     """
     o = parse(Report, "report", args)
-    uri = rb.report(o.predictions, o.cohort, o.out, run=o.run, tracking_uri=o.tracking_uri)
+    shown = {"cases": o.case, "against": o.against, "viewer": o.viewer}
+    places = {"run": o.run, "tracking_uri": o.tracking_uri}
+    uri = rb.report(o.predictions, o.cohort, o.out, **places, **shown)
     return Answer({"report_uri": uri}, uri, (), [])
 
 

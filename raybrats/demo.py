@@ -11,7 +11,7 @@ from raybrats.errors import UsageError
 from raybrats.phantom.phantom import write_phantoms
 from raybrats.predict.evaluate import evaluate
 from raybrats.predict.predict import predict
-from raybrats.predict.report import write_report
+from raybrats.predict.report import Options, write_report
 from raybrats.recipes import tiny
 from raybrats.runs.run import train
 
@@ -63,9 +63,8 @@ def run_demo(out: str, changes: Mapping[str, object] | None = None) -> dict[str,
         predictions,
         cohort_uri,
         storage.join(out, "report.html"),
-        run=result.mlflow_run_id,
-        tracking_uri=tracking_uri,
-        evaluation=evaluation,
+        Options(run=result.mlflow_run_id, tracking_uri=tracking_uri),
+        evaluation,
     )
     return {
         "index": found,

@@ -1,5 +1,6 @@
 """One MLflow run over all restarts: its parameters, its state, its curves."""
 
+import logging
 import os
 import threading
 from collections.abc import Generator, Mapping
@@ -13,7 +14,7 @@ from mlflow.entities import Param
 
 from raybrats import storage
 from raybrats.config import RunConfig, TrainConfig, to_json
-from raybrats.errors import UsageError
+from raybrats.errors import TrackingError, UsageError
 from raybrats.registry.server import check_reachable, tracking_errors
 
 _LOGGED_SECTIONS = ("data", "augment", "network", "loss", "optim", "validation", "cluster")
@@ -189,6 +190,31 @@ def logged_parameters(run: Run) -> dict[str, str]:
     check_reachable(run.uri)
     with tracking_errors(run.uri):
         return dict(MlflowClient(run.uri).get_run(run.run_id).data.params)
+
+
+def log_report(run: Run, model: str, name: str, html: str) -> None:
+    """Keeps a report with its run, and says on the model's version where it is.
+
+    A server that does not take it is a warning: the report lies where it was written.
+
+    Args:
+        run: the run whose artifact it becomes.
+        model: `models:/name/version` that it is about.
+        name: file name of the report.
+        html: the report.
+
+    Example:
+        >>> log_report(run, "models:/raybrats/3", "report.html", html)  # doctest: +SKIP
+    """
+    place = f"reports/{name}"
+    model_name, _, version = model.removeprefix("models:/").partition("/")
+    try:
+        with tracking_errors(run.uri):
+            client = MlflowClient(run.uri, run.uri)
+            client.log_text(run.run_id, html, place)
+            client.set_model_version_tag(model_name, version, "report", f"runs:/{run.run_id}/{place}")
+    except (TrackingError, OSError) as error:  # OSError: the artifacts are a folder
+        logging.getLogger(__name__).warning("the report is not in MLflow: %s", error)
 
 
 def parameters(config: TrainConfig) -> dict[str, str]:

@@ -15,7 +15,7 @@ from raybrats.label_set import label_set_of
 from raybrats.phantom.phantom import write_phantoms
 from raybrats.predict.evaluate import evaluate
 from raybrats.predict.predict import predict
-from raybrats.predict.report import write_report
+from raybrats.predict.report import Options, write_report
 from raybrats.registry import load
 from raybrats.runs.run import train
 
@@ -55,7 +55,7 @@ def test_an_edition_goes_through_the_whole_line(two_workers: TrainConfig, tmp_pa
     (first, *_) = (tmp_path / "predicted").glob("*.nii.gz")
     assert set(np.unique(nib.load(first).dataobj)) <= {0, *EDITIONS[edition].label_values}
     page = tmp_path / "report.html"
-    write_report(out, cohort, str(page), tracking_uri=server)
+    write_report(out, cohort, str(page), Options(tracking_uri=server))
     assert all(f"Dice {name}" in page.read_text() for name in names)
 
     # On cases with other labels the model says what it knows, which is not compared with theirs
