@@ -192,9 +192,14 @@ def report(args: Sequence[str]) -> Answer:
         >>> report(["predictions", "cohort.parquet"]).title  # doctest: +SKIP
     """
     o = parse(Report, "report", args)
-    shown = {"cases": o.case, "against": o.against, "viewer": o.viewer}
-    places = {"run": o.run, "tracking_uri": o.tracking_uri}
-    uri = rb.report(o.predictions, o.cohort, o.out, **places, **shown)
+    uri = rb.report(
+        *(o.predictions, o.cohort, o.out),
+        run=o.run,
+        tracking_uri=o.tracking_uri,
+        cases=o.case,
+        against=o.against,
+        viewer=o.viewer,
+    )
     return Answer({"report_uri": uri}, uri, (), [])
 
 

@@ -46,15 +46,14 @@ def volume_agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, Agreement]:
         >>> found.bias, [round(limit, 2) for limit in found.limits]
         (2.0, [-0.77, 4.77])
     """
-    pairs: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        pair = row.get("volume_mm3"), row.get("reference_volume_mm3")
-        if pair[0] is not None and pair[1] is not None:
-            pairs.setdefault(str(row["region"]), []).append(pair)
     found = {}
-    for region, volumes in pairs.items():
-        predicted, reference = np.array(volumes, float).T / _MM3_OF_CM3
-        found[region] = Agreement((predicted + reference) / 2, predicted - reference)
+    for region in dict.fromkeys(str(row["region"]) for row in rows):
+        own = [row for row in rows if row["region"] == region]
+        pairs = [(row.get("volume_mm3"), row.get("reference_volume_mm3")) for row in own]
+        both = np.array(pairs, float) / _MM3_OF_CM3  # None becomes NaN
+        predicted, reference = both[~np.isnan(both).any(axis=1)].T
+        if len(predicted):
+            found[region] = Agreement((predicted + reference) / 2, predicted - reference)
     return found
 
 

@@ -212,7 +212,9 @@ def log_report(run: Run, model: str, name: str, html: str) -> None:
         with tracking_errors(run.uri):
             client = MlflowClient(run.uri, run.uri)
             client.log_text(run.run_id, html, place)
-            client.set_model_version_tag(model_name, version, "report", f"runs:/{run.run_id}/{place}")
+            client.set_model_version_tag(
+                model_name, version, "report", f"runs:/{run.run_id}/{place}"
+            )
     except (TrackingError, OSError) as error:  # OSError: the artifacts are a folder
         logging.getLogger(__name__).warning("the report is not in MLflow: %s", error)
 

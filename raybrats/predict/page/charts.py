@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -84,7 +84,7 @@ def agreement_chart(found: Agreement) -> Markup:
         >>> svg.startswith("<svg"), "mean of both" in svg
         (True, True)
     """
-    figure, axes = _small(xlabel="mean of both (cm³)", ylabel="predicted − reference (cm³)")
+    figure, axes = _small(xlabel="mean of both (cm³)", ylabel="predicted less reference (cm³)")
     axes.scatter(found.mean, found.difference, s=14, color=_COLOURS[0], alpha=0.7, linewidths=0)
     axes.axhline(found.bias, color=_COLOURS[1], lw=1.4)
     for limit in found.limits or ():
@@ -97,17 +97,17 @@ def agreement_chart(found: Agreement) -> Markup:
 
 
 @mpl.rc_context(_STYLE)
-def calibration_chart(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:
-    """Dice over the Dice that was expected, a point a case, by region.
+def calibration_chart(pairs: Mapping[str, np.ndarray]) -> Markup:
+    """Expected and measured Dice (case, 2) by region, as points.
 
     Example:
-        >>> "expected Dice" in calibration_chart({"WT": [(0.9, 0.85), (0.5, 0.6)]})
+        >>> "expected Dice" in calibration_chart({"WT": np.array([(0.9, 0.85), (0.5, 0.6)])})
         True
     """
     figure, axes = _small(xlabel="expected Dice", ylabel="Dice")
     axes.plot((0, 1), (0, 1), color=_INK, lw=0.8, alpha=0.5)
     for colour, (region, points) in zip(_COLOURS, pairs.items(), strict=False):
-        expected, dice = np.array(points, float).T
+        expected, dice = points.T
         axes.scatter(expected, dice, s=14, color=colour, alpha=0.7, linewidths=0, label=region)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.legend(loc="upper left", handletextpad=0)
@@ -122,7 +122,7 @@ def risk_chart(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Markup:
         >>> "cases kept" in risk_chart({"WT": (np.array([0.5, 1.0]), np.array([0.1, 0.2]))})
         True
     """
-    figure, axes = _small(xlabel="fraction of cases kept", ylabel="mean of 1 − Dice")
+    figure, axes = _small(xlabel="fraction of cases kept", ylabel="mean of (1 - Dice)")
     for colour, (region, (kept, risk)) in zip(_COLOURS, lines.items(), strict=False):
         axes.plot(kept, risk, color=colour, lw=1.4, label=region)
     axes.set(xlim=(0, 1), ylim=(0, None))

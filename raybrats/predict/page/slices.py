@@ -86,10 +86,10 @@ def embedded(shown: Shown) -> dict[str, Any]:
         ([0, 0, 0], [8, 8, 8], [4, 4, 4])
     """
     box = head_box(shown)
-    size = math.prod(s.stop - s.start for s in box)
-    step = math.ceil((size / _MAX_VOXELS) ** (1 / 3))
+    head = next(iter(shown.images.values()))[box]
+    step = math.ceil((head.size / _MAX_VOXELS) ** (1 / 3))
     thin = tuple(slice(s.start, s.stop, step) for s in box)
-    shape = [len(range(*s.indices(s.stop))) for s in thin]
+    shape = [math.ceil(n / step) for n in head.shape]
     columns = math.ceil(math.sqrt(shape[2] * shape[1] / shape[0]))
     chosen = zip(largest_slices(shown), box, strict=True)
     return {
@@ -110,10 +110,9 @@ def head_box(shown: Shown) -> Box:
     """Box of what is not background in any image or label, and 2 voxels about it."""
     images = [image != image.flat[0] for image in shown.images.values()]
     mask = np.any([*images, *(labels > 0 for labels in shown.labels.values())], axis=0)
-    if not mask.any():
-        return tuple(slice(0, n) for n in mask.shape)
-    box = zip(bounding_box(mask), mask.shape, strict=True)
-    return tuple(slice(max(s.start - 2, 0), min(s.stop + 2, n)) for s, n in box)
+    box = bounding_box(mask if mask.any() else ~mask)
+    i, j, k = (slice(max(s.start - 2, 0), s.stop + 2) for s in box)
+    return i, j, k
 
 
 def largest_slices(shown: Shown) -> list[int]:
@@ -121,7 +120,8 @@ def largest_slices(shown: Shown) -> list[int]:
     for labels in (shown.reference, *shown.predictions.values()):
         if labels is not None and labels.any():
             return [int((labels > 0).sum(axis=a).argmax()) for a in ((1, 2), (0, 2), (0, 1))]
-    return [(s.start + s.stop) // 2 for s in head_box(shown)]
+    middle = zip(head_box(shown), next(iter(shown.images.values())).shape, strict=True)
+    return [(s.start + min(s.stop, n)) // 2 for s, n in middle]
 
 
 def region_volumes(shown: Shown) -> dict[str, dict[str, float]]:
