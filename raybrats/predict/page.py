@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from raybrats.data.prepare import Box, bounding_box
 from raybrats.label_set import GLIOMA, LabelSet
 from raybrats.model.metrics import HD95_ONE_EMPTY_MM, region_mask
-from raybrats.predict.evaluate import SCORES, means
+from raybrats.predict.summary import OVERALL, means
 from raybrats.registry.tracking import Curve
 
 if TYPE_CHECKING:
@@ -125,7 +125,6 @@ def render(report: Report) -> str:
         .render(
             report=report,
             regions=tuple(dict.fromkeys(str(row["region"]) for row in report.scores)),
-            score_names=SCORES,
             means=means(report.scores) if report.scores else {},
             cases=_worst_first(report.scores),
             hd95_one_empty=HD95_ONE_EMPTY_MM,
@@ -157,8 +156,13 @@ def _worst_first(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any
     for row in scores:
         cases.setdefault(str(row["case_id"]), {})[str(row["region"])] = row
     for rows in cases.values():
-        rows["mean"] = {"dice": float(np.mean([row["dice"] for row in rows.values()]))}
-    return dict(sorted(cases.items(), key=lambda case: (case[1]["mean"]["dice"], case[0])))
+        rows[OVERALL] = means([*rows.values()])[OVERALL]
+
+    def order(case: tuple[str, dict[str, Any]]) -> tuple[float, str]:
+        dice = case[1][OVERALL]["dice"]
+        return 1.0 if dice is None else dice, case[0]  # there was nothing to find
+
+    return dict(sorted(cases.items(), key=order))
 
 
 def _charts(curves: Mapping[str, Curve]) -> Iterator[tuple[str, Markup]]:

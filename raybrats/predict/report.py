@@ -117,7 +117,8 @@ def _spread(cases: Sequence[Case], rows: Sequence[Mapping[str, object]]) -> list
     """At most `MAX_OVERLAYS` cases, spread evenly from the worst mean Dice to the best."""
     dice: dict[str, list[float]] = {}
     for row in rows:
-        dice.setdefault(str(row["case_id"]), []).append(float(str(row["dice"])))
+        if row["dice"] is not None:
+            dice.setdefault(str(row["case_id"]), []).append(float(str(row["dice"])))
     ranked = sorted(cases, key=lambda case: float(np.mean(dice.get(case.case_id, [0.0]))))
     count = min(MAX_OVERLAYS, len(ranked))
     return [ranked[n] for n in np.linspace(0, len(ranked) - 1, count).round().astype(int)]

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageSequence
 from raybrats.label_set import ED, ET, GLIOMA, NCR, TREATED, LabelSet
 from raybrats.phantom.phantom import make_phantom
 from raybrats.predict import page as page
-from raybrats.predict.evaluate import SCORES
 from raybrats.predict.page import Overlay, Report, render
+from raybrats.predict.summary import SCORES
 from raybrats.registry.tracking import Curve
 
 HOSTILE = 'case <b>7</b> & "co" <script>'
