@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from raybrats.config import TrainConfig
     from raybrats.data.cohort.cohort import Cohort
+    from raybrats.predict.compare import Comparison
     from raybrats.predict.evaluate import Evaluation
     from raybrats.predict.predict import Predicted
     from raybrats.predict.segment import Segmenter
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from raybrats.runs.sweep import Sweep
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "index", "load", "predict", "recipe", "report", "train", "tune"]
+__all__ = [
+    *("compare", "evaluate", "index", "load", "predict", "recipe", "report", "train", "tune"),
+]
 
 
 def recipe(name: str, changes: Mapping[str, object] | None = None) -> "TrainConfig":
@@ -165,7 +168,14 @@ def predict(
     return predict(model_uri, cohort, out, fold=fold, tracking_uri=tracking_uri or None)
 
 
-def evaluate(predictions: str, references: str, edition: str | None = None) -> "Evaluation":
+def evaluate(
+    predictions: str,
+    references: str,
+    edition: str | None = None,
+    *,
+    rules: str | None = None,
+    fold: int | None = None,
+) -> "Evaluation":
     """Scores of every prediction against the reference of the same case id.
 
     Args:
@@ -173,17 +183,53 @@ def evaluate(predictions: str, references: str, edition: str | None = None) -> "
         references: the same.
         edition: label convention of the files (2020, 2021, 2023, msd); else that of a cohort, or
             of the edition that their ids begin with.
+        rules: brats2020, brats2023 or brats2026; else those of the references' years.
+        fold: cross-validation fold; else all cases.
 
     Raises:
         DataError: no prediction has a reference, a prediction has none, or nothing tells what the
             label values mean.
+        UsageError: there are no such rules or no such fold, or the years have several rules.
 
     Example:
         >>> print(evaluate("out", "cohort.parquet"))  # doctest: +SKIP
     """
     from raybrats.predict.evaluate import evaluate
 
-    return evaluate(predictions, references, edition)
+    return evaluate(predictions, references, edition, rules=rules, fold=fold)
+
+
+def compare(
+    predictions: Sequence[str],
+    references: str,
+    edition: str | None = None,
+    *,
+    rules: str | None = None,
+    fold: int | None = None,
+    permutations: int = 10_000,
+) -> "Comparison":
+    """A ranking of several models on the cases that all of them have predicted.
+
+    Args:
+        predictions: their folders or URIs, two or more.
+        references: as for `evaluate`, as are the next three.
+        edition: label convention of the files.
+        rules: by which the cases are scored and the models ranked.
+        fold: cross-validation fold.
+        permutations: random exchanges behind each p-value.
+
+    Raises:
+        DataError: no case has been predicted by all, or as for `evaluate`.
+        UsageError: there are less than two, one is given twice, or as for `evaluate`.
+
+    Example:
+        >>> print(compare(["ours", "theirs"], "cohort.parquet"))  # doctest: +SKIP
+    """
+    from raybrats.predict.compare import compare
+
+    return compare(
+        predictions, references, edition, rules=rules, fold=fold, permutations=permutations
+    )
 
 
 class ReportOptions(TypedDict, total=False):
@@ -197,6 +243,8 @@ class ReportOptions(TypedDict, total=False):
     """Ids of cases that are shown in any event."""
     against: str
     """Folder or URI of another model's predictions, which are set beside these."""
+    rules: str | None
+    """brats2020, brats2023 or brats2026; those of the references' years where not given."""
     viewer: bool
     """Whether the page holds NiiVue, a viewer in three dimensions."""
 

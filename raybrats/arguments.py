@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 
 import tyro
 
+from raybrats.brats import Rules
 from raybrats.config import TrainConfig, from_json
 from raybrats.errors import UsageError
 from raybrats.recipes import RECIPES, recipe
@@ -97,8 +98,31 @@ class Evaluate:
     predictions: Positional[str]
     """Folder or URI of label files named by case id, or a cohort."""
     references: Positional[str]
+    rules: Rules | None = None
+    """Whose rules; else those of the years of the references."""
     edition: str | None = None
     """Whose labels the files have: 2020, 2021, 2023 or msd; else a cohort's, or told by the ids."""
+    fold: int | None = None
+    """Only the cases of this fold of the references, which are a cohort file or a tree then."""
+    out: str = ""
+    """Where the scores are written, too: a path or URI in .json, .csv or .parquet."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Rank two or more models by their predictions of the same cases."""
+
+    places: Positional[list[str]]
+    """Folders or URIs of predictions, two or more, then the references: a cohort, tree or folder.
+    """
+    rules: Rules | None = None
+    """Whose rules score and rank; else those of the years of the references."""
+    edition: str | None = None
+    """Whose labels the files have: 2020, 2021, 2023 or msd; else a cohort's, or told by the ids."""
+    fold: int | None = None
+    """Only the cases of this fold of the references, which are a cohort file or a tree then."""
+    permutations: int = 10_000
+    """Random exchanges behind each p-value; the challenge takes 500,000."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +138,8 @@ class Report:
     """Folder or URI of another model's predictions, which are set beside these."""
     case: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Id of a case that is shown in any event; once a case."""
+    rules: str | None = None
+    """brats2020, brats2023 or brats2026; else those of the references' years."""
     viewer: bool = False
     """Whether the page holds NiiVue, a viewer in three dimensions: 1.1 MB more."""
     tracking_uri: str = ""

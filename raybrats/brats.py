@@ -12,9 +12,12 @@ from types import MappingProxyType
 from typing import Literal
 
 Modality = Literal["flair", "t1", "t1ce", "t2"]
+Rules = Literal["brats2020", "brats2023", "brats2026"]
 
 MODALITIES: tuple[Modality, ...] = ("flair", "t1", "t1ce", "t2")
 """Order of the modality axis everywhere."""
+RULES: tuple[Rules, ...] = ("brats2020", "brats2023", "brats2026")
+"""Rules of evaluation, each named for the first year that it was in force."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Edition:
     """Name of what its masks tell apart, in `raybrats.label_set`."""
     label_suffix: str = "seg"
     """File name ending of the label file."""
+    rules: Rules = "brats2023"
+    """Rules of evaluation of its years."""
     proof: int = 0
     """A value that no other release has whose ids begin as this one's; 0: none is needed."""
 
@@ -45,11 +50,13 @@ EDITIONS = MappingProxyType(
     {
         edition.name: edition
         for edition in (
-            Edition("2020", _UNDERSCORE, "_", (1, 2, 4), "BraTS20_Training_{:03d}"),
-            Edition("2021", _UNDERSCORE, "_", (1, 2, 4), "BraTS2021_{:05d}"),
+            Edition(
+                "2020", _UNDERSCORE, "_", (1, 2, 4), "BraTS20_Training_{:03d}", rules="brats2020"
+            ),
+            Edition("2021", _UNDERSCORE, "_", (1, 2, 4), "BraTS2021_{:05d}", rules="brats2020"),
             Edition("2023", _HYPHEN, "-", (1, 2, 3), "BraTS-GLI-{:05d}-000"),
             # One 4-D file a case; its last axis is FLAIR, T1w, T1gd, T2w: the order of MODALITIES.
-            Edition("msd", ("", "", "", ""), "", (2, 1, 3), "BRATS_{:03d}"),
+            Edition("msd", ("", "", "", ""), "", (2, 1, 3), "BRATS_{:03d}", rules="brats2026"),
             Edition("MEN", _HYPHEN, "-", (1, 2, 3), "BraTS-MEN-{:05d}-000"),
             Edition("post-op", _HYPHEN, "-", (1, 2, 3, 4), "BraTS-GLI-{:05d}-100", "treated"),
             Edition("MET", _HYPHEN, "-", (1, 2, 3, 4), "BraTS-MET-{:05d}-000", "treated"),
@@ -115,6 +122,16 @@ def label_values(edition: str) -> tuple[int, ...]:
         ((1, 2, 4), (1, 2, 3, 4), ())
     """
     return EDITIONS[edition].label_values if edition in EDITIONS else ()
+
+
+def rules_of(edition: str) -> Rules:
+    """Rules of evaluation of an edition's years; the newest where it is not known.
+
+    Example:
+        >>> rules_of("2021"), rules_of("MET"), rules_of("unknown")
+        ('brats2020', 'brats2023', 'brats2026')
+    """
+    return EDITIONS[edition].rules if edition in EDITIONS else RULES[-1]
 
 
 def label_set_name(edition: str) -> str:

@@ -71,6 +71,6 @@ def run_demo(out: str, changes: Mapping[str, object] | None = None) -> dict[str,
         "train": asdict(result),
         "predict": asdict(predicted),
         "predictions": predictions,
-        "evaluate": {"cases": evaluation.rows, "mean": evaluation.mean},
+        "evaluate": evaluation.document(),
         "report": report,
     }

@@ -11,7 +11,9 @@ import raybrats as rb
 from raybrats import config, recipes
 from raybrats.errors import UsageError
 
-NAMES = {"recipe", "index", "train", "tune", "load", "predict", "evaluate", "report"}
+NAMES = {
+    *("recipe", "index", "train", "tune", "load", "predict", "evaluate", "compare", "report"),
+}
 
 
 def python(code, *words, cwd=None):

@@ -84,6 +84,11 @@ def refused(outcome, code, *said):
         ("index a --otu b", ["--otu", "--out"]),
         ("predict models:/raybrats@champion", ["ohort"]),
         ("evaluate a b --editon 2020", ["--editon", "--edition"]),
+        ("evaluate a b --rules 2020", ["--rules", "brats2020", "brats2023", "brats2026"]),
+        ("evaluate a b --out scores.xlsx", ["scores.xlsx", ".json, .csv, .parquet"]),
+        ("compare", ["two folders"]),
+        ("compare a b", ["two folders of predictions or more, then the references"]),
+        ("compare a a b", ["a is given twice"]),
         ("phantom {tmp}/p --edition 1999", ["2020, 2021, 2023, msd", "'1999'"]),
         ("phantom {tmp}/p --shape 8 8 8", ["16 voxels", "8"]),
         ("phantom {tmp}/p --cases 0", ["1", "0"]),
@@ -387,6 +392,11 @@ LARGE = "--cluster.workers 64 --optim.global_batch 64"
         ("predict nobody {tmp}/sound --tracking-uri {dead}", 2, ["'nobody'", "models:/NAME@ALIAS"]),
         ("models nobody --tracking-uri {dead}", 6, ["MLflow at http://127.0.0.1:"]),
         ("evaluate {tmp}/sound {tmp}/fewer", 5, ["no reference", "BraTS20_Training_004"]),
+        (
+            "evaluate {tmp}/sound {tmp}/sound --fold 7",
+            2,
+            ["--fold 7", "cases of 0, 1, 2, 3"],
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused(desk, places, request, words, code, said):
@@ -431,4 +441,4 @@ def test_cases_without_labels_are_left_out_and_counted(desk, places):
         f"BraTS20_Training_{n:03d}" for n in (1, 2, 3, 5)
     }
     _, out, _ = desk("evaluate {tmp}/sound {tmp}/maskless".format(**places))
-    assert "4 cases, 0 references without prediction, 1 predictions left out" in out
+    assert "4 cases by brats2020, 1 prediction left out without labels" in out

@@ -1,4 +1,4 @@
-"""Predictions against references, as numbers: agreement of volumes, confusion of labels."""
+"""Predictions against references, as numbers: agreement of volumes, risk and coverage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,20 +55,6 @@ def volume_agreement(rows: Sequence[Mapping[str, Any]]) -> dict[str, Agreement]:
         if len(predicted):
             found[region] = Agreement((predicted + reference) / 2, predicted - reference)
     return found
-
-
-def confusion(prediction: np.ndarray, reference: np.ndarray, num_labels: int) -> np.ndarray:
-    """Voxels by the reference's label and the prediction's, int64 (1 + label, 1 + label).
-
-    Example:
-        >>> confusion(np.array([0, 1, 1, 2]), np.array([0, 1, 2, 2]), num_labels=2)
-        array([[1, 0, 0],
-               [0, 1, 0],
-               [0, 1, 1]])
-    """
-    size = num_labels + 1
-    pairs = reference.ravel().astype(np.int64) * size + prediction.ravel()
-    return np.bincount(pairs, minlength=size * size).reshape(size, size)
 
 
 def risk_coverage(expected: np.ndarray, dice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

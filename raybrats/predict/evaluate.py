@@ -1,69 +1,131 @@
-"""Predictions and references -> scores, one row a case and region."""
+"""Predictions and references -> scores, one row a case and region, by the rules of a year."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from raybrats import cluster, storage
-from raybrats.brats import EDITIONS, edition_of, label_set_name, label_values, why_no_labels
-from raybrats.data.cohort import index, layout, rows
+from raybrats.brats import Rules
+from raybrats.data.cohort import index
 from raybrats.data.nifti.labels import labels_from
 from raybrats.data.nifti.volume import canonical_spacing, decode, on_one_grid
-from raybrats.errors import DataError, MissingObjectError
 from raybrats.label_set import label_set_of
-from raybrats.predict import origin
+from raybrats.predict.label_file import label_files
+from raybrats.predict.label_score import Confusion, confusion_of, label_scores
+from raybrats.predict.pairs import (
+    Pair,
+    check_rules,
+    match,
+    read_references,
+    rules_for,
+    with_values,
+)
+from raybrats.predict.summary import (
+    OVERALL,
+    SCORES,
+    Row,
+    Summaries,
+    Summary,
+    case_ids,
+    means,
+    regions,
+    summaries,
+)
 from raybrats.progress import Display
 from raybrats.table import table
 
-SCORES = ("dice", "iou", "hd95_mm", "sensitivity", "specificity")
-"""Names of the scores, in the order in which they are shown."""
-
-LabelValues = tuple[int, ...]
-"""Values of the labels in a label file; empty where they are not known."""
+CHARGED = {
+    **dict.fromkeys(("dice", "nsd", "lesion_dice", "lesion_nsd", "lesion_f1"), 0.0),
+    **dict.fromkeys(("hd95_mm", "lesion_hd95_mm"), 373.0),
+}
+"""Scores of a reference without a prediction under `brats2026` (BraTS-evaluation 0.0.10)."""
+_VOLUMES = ("volume_mm3", "reference_volume_mm3")
 
 
 @dataclass(frozen=True)
-class LabelFile:
-    """One label file, and its label values where a cohort or the caller knows them."""
+class CaseScores:
+    """What one prediction is worth."""
 
-    case_id: str
-    uri: str
-    values: LabelValues = ()
-    label_set: str = ""
-    """What they are, as in a cohort."""
+    rows: tuple[Row, ...]
+    """One a region."""
+    confusion: Confusion
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of every case, and their means.
+    """Scores of every case, and what they are over cases.
 
     Example:
-        >>> rows = [{"case_id": "a", "region": "WT", **dict.fromkeys(SCORES, 0.5)}]
-        >>> print(Evaluation(tuple(rows), means(rows), missing=("b",)))
-        cases scored: 1, references without a prediction: 1
-        region   dice    iou  hd95_mm  sensitivity  specificity
-        WT      0.500  0.500    0.500        0.500        0.500
-        mean    0.500  0.500    0.500        0.500        0.500
+        >>> rows = [{"case_id": "a", "region": "WT", "dice": 0.5, "hd95_mm": 3.0}]
+        >>> print(evaluation_of("brats2020", rows, [], missing=["b"]))
+        1 case by brats2020, 1 reference without a prediction
+        score       WT   mean
+        dice     0.500  0.500
+        hd95_mm  3.000  3.000
     """
 
-    rows: tuple[Mapping[str, Any], ...]
-    """{case_id, region, dice, iou, hd95_mm, sensitivity, specificity} of each case and region."""
-    mean: Mapping[str, Mapping[str, float]]
+    rules: Rules
+    rows: tuple[Row, ...]
+    """{case_id, region, and each of `SCORES`} of each case and region; None: not defined."""
+    mean: dict[str, dict[str, float | None]]
     """Region -> score -> mean over cases; `mean` is the unweighted mean of the regions."""
     missing: tuple[str, ...]
-    """Case ids of references without a prediction."""
-    unlabelled: tuple[str, ...] = ()
+    """Case ids of references without a prediction. `brats2026` charges them in all that is over
+    cases; elsewhere they do not count."""
+    unlabelled: tuple[str, ...]
     """Case ids of predictions that are left out, for the references know the case without labels.
     """
+    summary: Summaries
+    """Region -> score -> median, spread and interval of the mean over cases."""
+    labels: dict[str, Any]
+    """Accuracy, mean IoU and the scores of each label, as in `label_score.label_scores`."""
+
+    @property
+    def title(self) -> str:
+        """How many cases by which rules, and what is left out or charged."""
+        text = f"{_counted(len(case_ids(self.rows)), 'case')} by {self.rules}"
+        if self.missing:
+            text += f", {_counted(len(self.missing), 'reference')} without a prediction"
+            charge = f" (charged Dice 0, HD95 {CHARGED['hd95_mm']:.0f} mm)"
+            text += charge if self.rules == "brats2026" else ""
+        if self.unlabelled:
+            text += f", {_counted(len(self.unlabelled), 'prediction')} left out without labels"
+        if self.labels.get("accuracy") is not None:
+            text += "; of labels: accuracy {accuracy:.4f}, mean IoU {mean_iou:.3f}".format_map(
+                self.labels
+            )
+        return text
+
+    @property
+    def shown(self) -> dict[str, dict[str, Summary | None]]:
+        """Score -> region -> summary of what a table shows: no volumes, nothing undefined."""
+        return {
+            score: {region: row[score] for region, row in self.summary.items()}
+            for score in SCORES
+            if score not in _VOLUMES and self.summary[OVERALL][score] is not None
+        }
+
+    def document(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON.
+
+        Example:
+            >>> rows = [{"case_id": "a", "region": "WT", "dice": 0.5}]
+            >>> evaluation_of("brats2020", rows, []).document()["rules"]
+            'brats2020'
+        """
+        kept = {"cases" if name == "rows" else name: value for name, value in vars(self).items()}
+        summary = {
+            region: {score: found and asdict(found) for score, found in row.items()}
+            for region, row in self.summary.items()
+        }
+        return {**kept, "summary": summary}
 
     def __str__(self) -> str:
-        scored, missing = len({row["case_id"] for row in self.rows}), len(self.missing)
-        rows = [(region, *(row[score] for score in SCORES)) for region, row in self.mean.items()]
-        title = f"cases scored: {scored}, references without a prediction: {missing}"
-        title += f", left out without labels: {len(self.unlabelled)}" if self.unlabelled else ""
-        return f"{title}\n{table(('region', *SCORES), rows)}"
+        rows = [
+            (score, *("" if found is None else found.mean for found in row.values()))
+            for score, row in self.shown.items()
+        ]
+        return f"{self.title}\n{table(('score', *self.summary), rows)}"
 
 
 def evaluate(
@@ -71,6 +133,8 @@ def evaluate(
     references: str,
     edition: str | None = None,
     *,
+    rules: str | None = None,
+    fold: int | None = None,
     skip_unknown: bool = False,
 ) -> Evaluation:
     """Scores every prediction against the reference of the same case id.
@@ -82,12 +146,15 @@ def evaluate(
         references: the same.
         edition: label convention of the files; where not given that of the cohort or tree on
             either side, else the one that their ids begin with.
+        rules: brats2020, brats2023 or brats2026; those of the references' years where not given.
+        fold: the only cross-validation fold of which cases are scored, where one is given.
         skip_unknown: leave out cases with labels of an edition that is not supported, too.
 
     Raises:
         DataError: no prediction has a reference, a prediction has none, or nothing tells the label
             values of a file.
-        UsageError: there is no such edition, or a URI is none.
+        UsageError: there is no such edition, there are no such rules or no such fold, the
+            references are of years with several rules, or a URI is none.
 
     Example:
         >>> found = evaluate("predictions", "cohort.parquet", edition="2021")  # doctest: +SKIP
@@ -95,32 +162,81 @@ def evaluate(
         0.8912
     """
     index.check_edition(edition)
-    predictions, references = storage.absolute(predictions), storage.absolute(references)
-    predicted = _label_files(predictions, edition, kind="predictions")
-    labelled = _label_files(references, edition, kind="references")
-    if skip_unknown:
-        labelled = {i: f if f and _with_own(f).values else None for i, f in labelled.items()}
-    if alone := sorted(predicted.keys() - labelled.keys()):
-        raise DataError(f"no reference for {', '.join(alone[:5])} in {references}")
-    both = [(predicted[case_id], labelled[case_id]) for case_id in sorted(predicted)]
-    pairs = [with_values((ours, theirs)) for ours, theirs in both if ours and theirs]
-    if not pairs:
-        raise DataError(f"{references}: no labels for the cases of {predictions}")
-    scored: dict[str, list[dict[str, Any]]] = {}
+    if rules is not None:
+        check_rules(rules)
+    predictions, uri = storage.absolute(predictions), storage.absolute(references)
+    predicted = label_files(predictions, edition, kind="predictions")
+    known = read_references(uri, edition, fold=fold, skip_unknown=skip_unknown)
+    matched = match(predictions, predicted, known)
+    found = rules_for(matched.pairs, rules)
+    scored = score_pairs(matched.pairs, found)
+    return evaluation_of(
+        found,
+        [row for case in scored for row in case.rows],
+        [case.confusion for case in scored],
+        missing=matched.missing,
+        unlabelled=matched.unlabelled,
+    )
+
+
+def evaluation_of(
+    rules: Rules,
+    rows: Sequence[Row],
+    confusions: Sequence[Confusion],
+    *,
+    missing: Sequence[str] = (),
+    unlabelled: Sequence[str] = (),
+) -> Evaluation:
+    """What rows of scores and the confusions of their cases come to.
+
+    Example:
+        >>> rows = [{"case_id": "a", "region": "WT", "dice": 0.5}]
+        >>> evaluation_of("brats2026", rows, [], missing=["b"]).mean["WT"]["dice"]
+        0.25
+    """
+    charged = [
+        {"case_id": case_id, "region": name, **CHARGED}
+        for case_id in (missing if rules == "brats2026" else ())
+        for name in regions(rows)
+    ]
+    counted = (*rows, *charged)
+    return Evaluation(
+        rules=rules,
+        rows=tuple(rows),
+        mean=means(counted),
+        missing=tuple(missing),
+        unlabelled=tuple(unlabelled),
+        summary=summaries(counted),
+        labels=label_scores(confusions),
+    )
+
+
+def score_pairs(pairs: Sequence[Pair], rules: Rules) -> list[CaseScores]:
+    """Scores of all pairs, on the cluster, in the order of their case ids.
+
+    Raises:
+        DataError: a file is damaged, or two that belong together differ in grid.
+
+    Example:
+        >>> score_pairs([], "brats2020")  # doctest: +SKIP
+        []
+    """
+    scored: dict[str, CaseScores] = {}
+    items = [(pair, rules) for pair in pairs]
     with Display("evaluating", len(pairs)) as display:
-        tasks = cluster.each(score_pair, pairs, num_cpus=0.5, memory=index.TASK_MEMORY)
-        for case_rows in tasks:
-            case_id = case_rows[0]["case_id"]
-            scored[case_id] = case_rows
-            display.show(len(scored), case_id)
-    found = tuple(row for case_id in sorted(scored) for row in scored[case_id])
-    missing = sorted(i for i, file in labelled.items() if file and not predicted.get(i))
-    unlabelled = tuple(i for i in sorted(predicted) if predicted[i] and not labelled[i])
-    return Evaluation(found, means(found), tuple(missing), unlabelled)
+        tasks = cluster.each(_score_item, items, num_cpus=0.5, memory=index.TASK_MEMORY)
+        for found in tasks:
+            scored[found.confusion.case_id] = found
+            display.show(len(scored), found.confusion.case_id)
+    return [scored[case_id] for case_id in sorted(scored)]
 
 
-def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:
-    """Rows of one case, a region each, from its prediction and its reference.
+def _score_item(item: tuple[Pair, Rules]) -> CaseScores:
+    return score_pair(*item)
+
+
+def score_pair(pair: Pair, rules: Rules) -> CaseScores:
+    """Scores of one case, from its prediction and its reference.
 
     Raises:
         DataError: a file is damaged, the two differ in grid, or nothing tells their label values.
@@ -128,138 +244,26 @@ def score_pair(pair: tuple[LabelFile, LabelFile]) -> list[dict[str, Any]]:
     Example:
         >>> from raybrats.phantom.phantom import write_phantoms
         >>> ids = write_phantoms("tree", num_cases=1, shape=(24, 24, 20), edition="2021")
-        >>> case = index.find_cases("tree")[0]
-        >>> file = LabelFile(case.case_id, case.label_uri, case.label_values, case.label_set)
-        >>> [(row["region"], row["dice"]) for row in score_pair((file, file))]
+        >>> (file,) = label_files("tree", None, kind="references").values()
+        >>> [(row["region"], row["dice"]) for row in score_pair((file, file), "brats2020").rows]
         [('WT', 1.0), ('TC', 1.0), ('ET', 1.0)]
     """
-    from raybrats.model.metrics import score_case  # MONAI: not for the driver
+    from raybrats.model.metrics import score_case  # not for the driver
 
     pair = with_values(pair)
+    case_id, known = pair[0].case_id, label_set_of(pair[1].label_set)
     names = [storage.name(file.uri) for file in pair]
     decoded = [decode(storage.read_bytes(f.uri), n) for f, n in zip(pair, names, strict=True)]
-    volumes = on_one_grid(pair[0].case_id, names, decoded)
+    volumes = on_one_grid(case_id, names, decoded)
     prediction, reference = (
         labels_from(volume, file.values, name)
         for volume, file, name in zip(volumes, pair, names, strict=True)
     )
-    spacing_mm, known = canonical_spacing(volumes[0].grid), label_set_of(pair[1].label_set)
-    scores = score_case(prediction, reference, spacing_mm, known)
-    return [{"case_id": pair[0].case_id, **asdict(score)} for score in scores]
+    spacing_mm = canonical_spacing(volumes[0].grid)
+    scores = score_case(prediction, reference, spacing_mm, known, rules)
+    rows = tuple({"case_id": case_id, **asdict(score)} for score in scores)
+    return CaseScores(rows, confusion_of(case_id, prediction, reference, known.names))
 
 
-def with_values(pair: tuple[LabelFile, LabelFile]) -> tuple[LabelFile, LabelFile]:
-    """The pair with the label values of both: its own, its partner's, or those of its id's edition.
-
-    Raises:
-        DataError: nothing tells them, or the labels of one are not those of the other.
-
-    Example:
-        >>> ours, theirs = LabelFile("a", "out/a.nii"), LabelFile("a", "/ref/a.nii", (1, 2, 4))
-        >>> [file.values for file in with_values((ours, theirs))]
-        [(1, 2, 4), (1, 2, 4)]
-    """
-    ours, theirs = (_like(a, b) for a, b in (pair, pair[::-1]))
-    for file in (ours, theirs):
-        if not file.values:
-            raise DataError(f"{file.uri}: {why_no_labels(edition_of(file.case_id))}")
-    told = [label_set_of(file.label_set) for file in (ours, theirs)]
-    if told[0] != told[1]:
-        words = " against ".join(", ".join(labels.names) for labels in told)
-        raise DataError(f"{ours.uri} and {theirs.uri}: labels {words}; say whose by --edition")
-    return ours, theirs
-
-
-def _like(file: LabelFile, partner: LabelFile) -> LabelFile:
-    """The file with its own labels, else its partner's, else those of its id's edition."""
-    if file.values or not partner.values:
-        return _with_own(file)
-    known = label_set_of(file.label_set or partner.label_set)
-    if known != label_set_of(partner.label_set):  # as `predict` has written them then
-        return replace(file, values=tuple(range(1, len(known.names) + 1)))
-    return replace(file, values=partner.values, label_set=partner.label_set)
-
-
-def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean over cases of each score of each region, and under `mean` over the regions too.
-
-    Example:
-        >>> row = dict.fromkeys(SCORES, 0.5)
-        >>> found = means([{"region": "WT", **row, "dice": 0.8}, {"region": "TC", **row}])
-        >>> found["WT"]["dice"], found["mean"]["dice"]
-        (0.8, 0.65)
-    """
-    regions = list(dict.fromkeys(row["region"] for row in rows))
-    found = {
-        region: {s: float(np.mean([r[s] for r in rows if r["region"] == region])) for s in SCORES}
-        for region in regions
-    }
-    return {**found, "mean": {s: float(np.mean([found[r][s] for r in regions])) for s in SCORES}}
-
-
-def _label_files(uri: str, edition: str | None, kind: str) -> Mapping[str, LabelFile | None]:
-    """Label files by case id, from a cohort file, a tree of cases, or a folder of label files.
-
-    A case that a cohort knows, but has no labels for, stands there with None.
-
-    Raises:
-        DataError: there is no label file.
-    """
-    if uri.endswith(".parquet"):
-        cases = rows.read_cohort(uri)
-    else:
-        plain = _plain_files(uri, edition, kind)
-        if plain:
-            return plain
-        cases = index.find_cases(uri)
-    told = _told_by(edition)
-    found: dict[str, LabelFile | None] = {}
-    for case in cases:
-        labels = told or (case.label_values, case.label_set)
-        own = LabelFile(case.case_id, case.label_uri, *labels) if case.label_uri else None
-        found[case.case_id] = own
-    if not any(found.values()):
-        raise DataError(f"{uri}: no label file")
-    return found
-
-
-def _plain_files(uri: str, edition: str | None, kind: str) -> dict[str, LabelFile]:
-    """Label files of a folder that holds nothing else; both kinds may lie side by side."""
-    storage.require(uri)
-    objects = storage.list_objects(uri)
-    files = [u for u in objects if layout.is_volume(u)]
-    labels = [u for u in files if not layout.is_modality(u)]
-    if len(labels) < len(files) or any(storage.name(u) == "dataset.json" for u in objects):
-        return {}
-    marked = [u for u in labels if layout.is_reference(u)]
-    if 0 < len(marked) < len(labels):
-        labels = marked if kind == "references" else [u for u in labels if u not in set(marked)]
-    found: dict[str, LabelFile] = {}
-    told = _told_by(edition) or ((), _recorded(uri) if kind == "predictions" else "")
-    for file in (LabelFile(layout.case_id_of(u), u, *told) for u in labels):
-        if file.case_id in found:
-            two = f"{found[file.case_id].uri} and {file.uri}"
-            raise DataError(f"{two} are both of case {file.case_id}; leave one")
-        found[file.case_id] = file
-    return found
-
-
-def _recorded(uri: str) -> str:
-    """The label set of the model whose predictions lie there; empty where nothing says it."""
-    try:
-        return origin.read(uri).labels
-    except MissingObjectError:
-        return ""
-
-
-def _told_by(edition: str | None) -> tuple[LabelValues, str] | None:
-    """Values and name of the labels of an edition; None if none is named."""
-    return (label_values(edition), label_set_name(edition)) if edition else None
-
-
-def _with_own(file: LabelFile) -> LabelFile:
-    """The file with the labels of its id's edition, unless it has some or its id tells none."""
-    edition = edition_of(file.case_id)
-    if file.values or edition not in EDITIONS or EDITIONS[edition].proof:
-        return file
-    return replace(file, values=label_values(edition), label_set=label_set_name(edition))
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)

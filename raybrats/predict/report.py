@@ -45,6 +45,8 @@ class Options:
     """Folder or URI of another model's predictions, which are set beside these."""
     viewer: bool = False
     """Whether the page holds NiiVue."""
+    rules: str | None = None
+    """Rules of the scores, as `evaluate` takes them."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,12 @@ def write_report(
     both = [ours, *([_other(options.against, ours)] if options.against else [])]
     evaluations = {}
     if any(c.label_uri and c.label_values and c.labels == ours.known for c in cases):
-        first = evaluation or evaluate(predictions, cohort_uri, skip_unknown=True)
-        others = {p.model: evaluate(p.uri, cohort_uri, skip_unknown=True) for p in both[1:]}
-        evaluations = {ours.model: first, **others}
+        known = {ours.model: evaluation} if evaluation else {}
+        evaluations = {
+            p.model: known.get(p.model)
+            or evaluate(p.uri, cohort_uri, rules=options.rules, skip_unknown=True)
+            for p in both
+        }
     scores = evaluations.get(ours.model)
     chosen = _chosen(cases, scores.rows if scores else (), options.cases)
     page = Report(

@@ -1,5 +1,7 @@
 """Predictions against references: file names, label values, and what does not fit."""
 
+import csv
+import json
 import shutil
 from dataclasses import asdict
 
@@ -7,19 +9,18 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from raybrats import cli
 from raybrats.data.cohort.index import find_cases
 from raybrats.data.cohort.rows import write_cohort
 from raybrats.errors import DataError, UsageError
+from raybrats.label_set import GLIOMA
 from raybrats.model.metrics import score_case
 from raybrats.phantom.phantom import write_phantoms
-from raybrats.predict.evaluate import (
-    SCORES,
-    LabelFile,
-    _told_by,
-    evaluate,
-    means,
-    score_pair,
-)
+from raybrats.predict.compare import compare
+from raybrats.predict.evaluate import evaluate, score_pair
+from raybrats.predict.label_file import LabelFile, told_by
+from raybrats.predict.ranking import paired
+from raybrats.predict.summary import SCORES, means
 
 SHAPE = (12, 10, 8)
 TOLD = (1, 2, 4)
@@ -46,14 +47,19 @@ def file(path, array, values=(1, 2, 3), **where):
     return LabelFile("one", save(path, array, **where), values)
 
 
-def rows(scores, case_id="one"):
-    return [{"case_id": case_id, **asdict(score)} for score in scores]
+def rows(ours, theirs, spacing_mm=(1.0, 1.0, 1.0), case_id="one", rules="brats2020"):
+    scores = score_case(ours, theirs, spacing_mm, GLIOMA, rules)
+    return tuple({"case_id": case_id, **asdict(score)} for score in scores)
+
+
+def scored(pair, rules="brats2020"):
+    return score_pair(tuple(pair), rules).rows
 
 
 def test_a_pair_is_scored_in_millimetres(tmp_path):
     spacing = (1.0, 2.0, 3.0)
     pair = [file(tmp_path / f"{n}.nii.gz", labels(n), (1, 2, 3), spacing=spacing) for n in range(2)]
-    assert score_pair(tuple(pair)) == rows(score_case(labels(0), labels(1), spacing))
+    assert scored(pair) == rows(labels(0), labels(1), spacing)
 
 
 @pytest.mark.parametrize("ours", [(1, 2, 3), (1, 2, 4)])
@@ -63,7 +69,7 @@ def test_each_file_has_the_values_that_it_is_told_to_have(tmp_path, ours, theirs
         file(tmp_path / "p.nii.gz", labels(0, ours), ours),
         file(tmp_path / "r.nii.gz", labels(1, theirs), theirs),
     )
-    assert score_pair(pair) == rows(score_case(labels(0), labels(1), (1.0, 1.0, 1.0)))
+    assert scored(pair) == rows(labels(0), labels(1))
 
 
 @pytest.mark.parametrize(
@@ -77,9 +83,9 @@ def test_the_values_of_plain_files_come_from_their_ids_alone(tmp_path, case_id, 
     )
     if values is None:
         with pytest.raises(DataError, match=r"0\.nii\.gz: .*--edition"):
-            score_pair(pair)
+            scored(pair)
         return
-    assert score_pair(pair) == rows(score_case(labels(0), labels(1), (1.0, 1.0, 1.0)), case_id)
+    assert scored(pair) == rows(labels(0), labels(1), case_id=case_id)
 
 
 @pytest.mark.parametrize(
@@ -93,21 +99,21 @@ def test_the_values_of_plain_files_come_from_their_ids_alone(tmp_path, case_id, 
 )
 def test_regions_are_those_of_the_edition(tmp_path, case_id, edition, regions):
     place = save(tmp_path / "p.nii.gz", labels())
-    plain, told = LabelFile(case_id, place), LabelFile(case_id, place, *_told_by(edition))
+    plain, told = LabelFile(case_id, place), LabelFile(case_id, place, *told_by(edition))
     if edition == "PED":  # whose ids are those of two releases
         with pytest.raises(DataError, match=r"p\.nii\.gz: BraTS-PED ids .*--edition 2023"):
-            score_pair((plain, plain))
+            scored((plain, plain))
     else:
-        assert score_pair((plain, plain)) == score_pair((told, told))
+        assert scored((plain, plain)) == scored((told, told))
     for pair in ((plain, told), (told, plain)):
-        assert [row["region"] for row in score_pair(pair)] == regions
+        assert [row["region"] for row in scored(pair)] == regions
 
 
 def test_labels_of_two_sets_are_not_compared(tmp_path):
     place = save(tmp_path / "p.nii.gz", labels())
-    pair = LabelFile("a", place, *_told_by("2023")), LabelFile("a", place, *_told_by("PED"))
+    pair = LabelFile("a", place, *told_by("2023")), LabelFile("a", place, *told_by("PED"))
     with pytest.raises(DataError, match=r"labels NCR, ED, ET against ET, NET, CC, ED; .*--edition"):
-        score_pair(pair)
+        scored(pair)
 
 
 def test_a_value_that_the_edition_lacks_is_named(tmp_path):
@@ -116,7 +122,7 @@ def test_a_value_that_the_edition_lacks_is_named(tmp_path):
         file(tmp_path / "r.nii.gz", labels(values=TOLD), TOLD),
     )
     with pytest.raises(DataError, match=r"p\.nii\.gz.*3"):
-        score_pair(pair)
+        scored(pair)
 
 
 def test_a_prediction_in_another_orientation_is_the_same_prediction(tmp_path):
@@ -129,7 +135,7 @@ def test_a_prediction_in_another_orientation_is_the_same_prediction(tmp_path):
         LabelFile("one", str(tmp_path / "turned.nii.gz"), (1, 2, 3)),
         file(tmp_path / "r.nii.gz", plain),
     )
-    assert all(row["dice"] == 1 and row["hd95_mm"] == 0 for row in score_pair(pair))
+    assert all(row["dice"] == 1 and row["hd95_mm"] == 0 for row in scored(pair))
 
 
 def test_other_shapes_are_refused(tmp_path):
@@ -138,22 +144,8 @@ def test_other_shapes_are_refused(tmp_path):
         file(tmp_path / "r.nii.gz", labels()),
     )
     with pytest.raises(DataError, match=r"one: .*shape") as refusal:
-        score_pair(pair)
+        scored(pair)
     assert "differs in shape from the others: (12, 10, 8) and (11, 10, 8)" in str(refusal.value)
-
-
-def test_means_go_over_cases_and_then_over_regions():
-    figures = {"WT": (0.2, 0.4), "TC": (0.6, 0.8), "ET": (1.0, 1.0)}
-    found = means(
-        [
-            {"case_id": str(n), "region": region, **dict.fromkeys(SCORES, value)}
-            for region, values in figures.items()
-            for n, value in enumerate(values)
-        ]
-    )
-    assert list(found) == ["WT", "TC", "ET", "mean"]
-    assert found["WT"]["dice"] == pytest.approx(0.3)
-    assert found["mean"] == pytest.approx(dict.fromkeys(SCORES, 2 / 3))
 
 
 @pytest.fixture
@@ -167,9 +159,13 @@ def folders(tmp_path, ray_cluster):
 
 
 def expected(*seeds):
-    one_mm = (1.0, 1.0, 1.0)
-    cases = {f"BraTS-GLI-0000{n}-000": score_case(labels(n), labels(n + 2), one_mm) for n in seeds}
-    return tuple(row for case_id, scores in cases.items() for row in rows(scores, case_id))
+    return tuple(
+        row
+        for n in seeds
+        for row in rows(
+            labels(n), labels(n + 2), case_id=f"BraTS-GLI-0000{n}-000", rules="brats2023"
+        )
+    )
 
 
 @pytest.mark.ray
@@ -207,6 +203,43 @@ def test_references_without_a_prediction_are_missing(folders):
     found = evaluate(str(predictions), str(references))
     assert found.missing == ("BraTS-GLI-00000-000",)
     assert found.rows == expected(1)
+
+
+@pytest.mark.ray
+def test_the_verb_prints_and_writes_one_document(folders, tmp_path):
+    for ending in ("json", "csv"):
+        place = str(tmp_path / f"scores.{ending}")
+        answer = cli.evaluate([*map(str, folders), "--rules", "brats2020", "--out", place])
+    document = json.loads((tmp_path / "scores.json").read_text())
+    assert document == json.loads(json.dumps(answer.document))
+    assert answer.title.startswith("2 cases by brats2020; of labels: accuracy 0.")
+    assert answer.columns == ("mean [95 %]", "WT", "TC", "ET", "mean")
+    assert [row[0] for row in answer.rows][:3] == ["dice", "iou", "hd95_mm"]
+    assert document["rules"] == "brats2020"
+    assert [row["case_id"] for row in document["cases"]] == [
+        row["case_id"] for row in expected(0, 1)
+    ]
+    assert {*document["cases"][0]} == {"case_id", "region", *SCORES}
+    with (tmp_path / "scores.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["dice"]) for line in lines] == [r["dice"] for r in document["cases"]]
+
+
+@pytest.mark.ray
+def test_models_are_compared_on_the_cases_that_all_have(folders, tmp_path):
+    predictions, references = folders
+    perfect = tmp_path / "perfect"
+    shutil.copytree(references, perfect)
+    (predictions / "BraTS-GLI-00000-000.nii.gz").unlink()
+    ours, theirs = str(predictions), str(perfect)
+    found = compare([ours, theirs], str(references), rules="brats2020")
+    assert found.cases == ("BraTS-GLI-00001-000",)
+    assert found.left_out == {"BraTS-GLI-00000-000": (ours,)}
+    assert [standing.model for standing in found.standings] == [theirs, ours]
+    assert found.differences[theirs, ours] == paired(found.rows[theirs], found.rows[ours])
+    document = json.loads(json.dumps(found.document()))
+    assert document["mean"][theirs]["mean"]["dice"] == 1
+    assert {row["score"] for row in document["differences"]} >= {"dice", "hd95_mm"}
 
 
 @pytest.mark.ray
@@ -306,7 +339,7 @@ def test_plain_predictions_follow_the_convention_of_their_references(tmp_path):
         ours = LabelFile(case.case_id, f"{tmp_path}/predictions/{case.case_id}.nii.gz")
         theirs = LabelFile(case.case_id, case.label_uri, case.label_values)
         assert case.label_values == (2, 1, 3)
-        assert [row["dice"] for row in score_pair((ours, theirs))] == [1.0, 1.0, 1.0]
+        assert [row["dice"] for row in scored((ours, theirs))] == [1.0, 1.0, 1.0]
 
 
 def test_a_prediction_that_lies_elsewhere_is_refused(tmp_path):
@@ -315,7 +348,7 @@ def test_a_prediction_that_lies_elsewhere_is_refused(tmp_path):
     moved.affine[0, 3] += 5
     nib.save(nib.Nifti1Image(labels(), moved.affine), tmp_path / "p.nii.gz")
     with pytest.raises(DataError, match="lies elsewhere"):
-        score_pair((LabelFile("one", str(tmp_path / "p.nii.gz")), reference))
+        scored((LabelFile("one", str(tmp_path / "p.nii.gz")), reference))
 
 
 def test_a_file_without_an_orientation_takes_that_of_its_partner(tmp_path):
@@ -323,5 +356,5 @@ def test_a_file_without_an_orientation_takes_that_of_its_partner(tmp_path):
     bare = nib.Nifti1Image(labels(), None)
     bare.header["sform_code"] = bare.header["qform_code"] = 0
     nib.save(bare, tmp_path / "p.nii.gz")
-    rows_found = score_pair((LabelFile("one", str(tmp_path / "p.nii.gz")), reference))
+    rows_found = scored((LabelFile("one", str(tmp_path / "p.nii.gz")), reference))
     assert [row["dice"] for row in rows_found] == [1.0, 1.0, 1.0]

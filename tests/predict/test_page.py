@@ -13,9 +13,10 @@ import pytest
 
 from raybrats.label_set import ED, GLIOMA, NCR, TREATED
 from raybrats.phantom.phantom import make_phantom
-from raybrats.predict.evaluate import SCORES, Evaluation, means
+from raybrats.predict.evaluate import evaluation_of
 from raybrats.predict.page.page import Report, render
 from raybrats.predict.page.slices import Shown
+from raybrats.predict.summary import SCORES
 from raybrats.registry.tracking import Curve
 
 HOSTILE = 'case <b>7</b> & "co" </script><script>alert(1)</script>'
@@ -38,7 +39,7 @@ def evaluation(scores, regions=GLIOMA.region_names):
         for case_id, value in scores.items()
         for region in regions
     ]
-    return Evaluation(tuple(rows), means(rows), missing=())
+    return evaluation_of("brats2023", rows, [])
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ class Reader(HTMLParser):
             self.scripts.append((dict(attrs), ""))
 
     def handle_endtag(self, tag):
-        self._inside = ""
+        self._inside = "" if tag == self._inside else self._inside
 
     def handle_data(self, data):
         if self._inside == "script":
@@ -152,7 +153,7 @@ def test_same_report_same_page(full, html):
 def test_cells_hold_what_they_are_sorted_and_filtered_by(full):
     rows = [{**row, "nsd": None} for row in full.evaluations[HOSTILE].rows]
     rows[0] |= {"nsd": 0.125, "dice": None}
-    scored = Evaluation(tuple(rows), full.evaluations[HOSTILE].mean, ())
+    scored = evaluation_of("brats2023", rows, [])
     reader = Reader(render(replace(full, evaluations={"m": scored})))
     cells = [a for a in reader.of("td") if "data-score" in a]
     assert {a["data-value"] for a in cells if a["data-score"] == "nsd"} == {"0.125", ""}
@@ -174,7 +175,7 @@ def test_two_models_are_compared_over_the_cases_that_both_have(full, shown):
     )
     text = " ".join(Reader(page).text.split())
     assert "Against other" in text
-    assert "Dice WT 1 0.250 0.500 -0.250 0 / 0 / 1" in re.sub(
+    assert "Dice WT 0.500 0.300 1 -0.250 -0.250 to -0.250" in re.sub(
         r"\s+", " ", re.sub("<[^>]*>", " ", page)
     )
     assert 'data-value="-0.25">-0.250</td>' in page
@@ -215,14 +216,13 @@ def test_an_absent_part_is_left_out(full, absent):
 def test_values_that_are_not_numbers_are_left_out(full):
     curves = {"train/loss": Curve((1, 2, 3), (1.0, float("nan"), 0.5))}
     curves["val/dice_WT"] = Curve((1,), (float("nan"),))
-    rows = [
-        {**row, "hd95_mm": value} for row in full.evaluations[HOSTILE].rows for value in (None,)
-    ]
-    scored = Evaluation(tuple(rows), full.evaluations[HOSTILE].mean, ())
+    rows = [{**row, "hd95_mm": None} for row in full.evaluations[HOSTILE].rows]
+    scored = evaluation_of("brats2023", rows, [])
     html = render(replace(full, curves=curves, evaluations={"m": scored}))
     assert "Training loss" in html
     assert "Validation Dice" not in html
-    assert "HD95" not in Reader(html).text
+    assert "Lesion HD95" in Reader(html).text
+    assert not [a for a in Reader(html).of("option") if a.get("value") == "hd95_mm"]
     assert "nan" not in Reader(html).text
 
 

@@ -11,10 +11,9 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from raybrats.label_set import LabelSet
 from raybrats.predict import page
-from raybrats.predict.agreement import confusion
 from raybrats.predict.evaluate import Evaluation
+from raybrats.predict.label_score import confusion_of
 from raybrats.predict.page import charts
 from raybrats.predict.page.scores import Rows, score_parts
 from raybrats.predict.page.slices import Shown, colours_of, embedded, region_volumes
@@ -85,12 +84,12 @@ def _hash(script: bytes) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'"
 
 
-def _confused(cases: Sequence[Shown]) -> list[tuple[LabelSet, int, np.ndarray]]:
-    """Label set, number of cases, and voxels by reference and prediction, of the shown cases."""
-    found: dict[LabelSet, list[np.ndarray]] = {}
+def _confused(cases: Sequence[Shown]) -> list[tuple[tuple[str, ...], int, np.ndarray]]:
+    """Names of the labels, number of cases, and voxels (reference, prediction) of those shown."""
+    found: dict[tuple[str, ...], list[np.ndarray]] = {}
     for case in cases:
         if case.reference is not None:
-            ours, known = next(iter(case.predictions.values())), case.label_set
-            counts = confusion(ours, case.reference, len(known.names))
-            found.setdefault(known, []).append(counts)
-    return [(known, len(counts), np.sum(counts, axis=0)) for known, counts in found.items()]
+            ours, names = next(iter(case.predictions.values())), case.label_set.names
+            confusion = confusion_of(case.case_id, ours, case.reference, names)
+            found.setdefault(confusion.names, []).append(confusion.voxels)
+    return [(names, len(voxels), np.sum(voxels, axis=0)) for names, voxels in found.items()]

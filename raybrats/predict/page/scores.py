@@ -10,8 +10,10 @@ from raybrats.model.metrics import HD95_ONE_EMPTY_MM
 from raybrats.predict.agreement import risk_coverage, volume_agreement
 from raybrats.predict.evaluate import Evaluation
 from raybrats.predict.page import charts
+from raybrats.predict.ranking import paired
+from raybrats.predict.summary import OVERALL, Row, means, regions
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Row]
 Cases = dict[str, dict[str, dict[str, Any]]]
 """Case id -> region -> score -> value; None where it is undefined."""
 TITLES = {
@@ -33,7 +35,8 @@ def score_parts(evaluations: Mapping[str, Evaluation], quality: Rows) -> dict[st
     """What the template of the scores asks for.
 
     Args:
-        evaluations: scores by model; the first is the one that the page is about.
+        evaluations: scores by model; the first is the one that the page is about, a second is
+            compared.
         quality: {case_id, region, expected_dice, look} of the same model.
 
     Example:
@@ -43,14 +46,13 @@ def score_parts(evaluations: Mapping[str, Evaluation], quality: Rows) -> dict[st
     found = list(evaluations.values())
     rows = found[0].rows if found else ()
     other = found[1].rows if found[1:] else ()
-    regions = tuple(dict.fromkeys(str(row["region"]) for row in rows))
     agreement = volume_agreement(rows).items()
     return {
         "evaluation": found[0] if found else None,
-        "regions": regions,
+        "regions": regions(rows),
         "titles": {s: t for s, t in TITLES.items() if not np.isnan(_array(rows, s)).all()},
         "table": _worst_first(_with_differences(_by_case(rows), _by_case(other))),
-        "paired": list(_paired(_by_case(rows), _by_case(other), (*regions, "mean"))),
+        "paired": paired(rows, other) if other else {},
         "one_empty": bool((_array(rows, "hd95_mm") > HD95_ONE_EMPTY_MM - 0.1).any()),
         "hd95_one_empty": HD95_ONE_EMPTY_MM,
         "agreement": [(region, a, charts.agreement_chart(a)) for region, a in agreement],
@@ -69,12 +71,8 @@ def _by_case(rows: Rows) -> Cases:
     cases: Cases = {}
     for row in rows:
         cases.setdefault(str(row["case_id"]), {})[str(row["region"])] = dict(row)
-    for regions in cases.values():
-        values = _array([*regions.values()], *TITLES)
-        defined = ~np.isnan(values)
-        sums, counts = np.where(defined, values, 0).sum(axis=0), defined.sum(axis=0)
-        means = zip(TITLES, sums, counts, strict=True)
-        regions["mean"] = {score: float(s / n) if n else None for score, s, n in means}
+    for own in cases.values():
+        own[OVERALL] = means([*own.values()])[OVERALL]
     return cases
 
 
@@ -82,7 +80,7 @@ def _worst_first(cases: Cases) -> Cases:
     """The table with the lowest mean Dice first; cases without one come last."""
 
     def order(case_id: str) -> tuple[float, str]:
-        dice = cases[case_id]["mean"]["dice"]
+        dice = cases[case_id][OVERALL]["dice"]
         return np.inf if dice is None else dice, case_id
 
     return {case_id: cases[case_id] for case_id in sorted(cases, key=order)}
@@ -99,36 +97,10 @@ def _with_differences(cases: Cases, other: Cases) -> Cases:
     return cases
 
 
-def _paired(ours: Cases, theirs: Cases, regions: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Scores of two models over the cases that both have, by score and region."""
-    both = sorted(ours.keys() & theirs.keys())
-    for score, title in TITLES.items():
-        for region in regions if both else ():
-            sides = [
-                _array([cases[i].get(region, {}) for i in both], score)[:, 0]
-                for cases in (ours, theirs)
-            ]
-            defined = ~np.isnan(sides).any(axis=0)
-            if defined.any():
-                less = (sides[0] - sides[1])[defined]
-                yield {
-                    "title": title,
-                    "score": score,
-                    "region": region,
-                    "cases": len(less),
-                    "means": [float(side[defined].mean()) for side in sides],
-                    "difference": float(less.mean()),
-                    "counts": [
-                        int(n) for n in ((less > 0).sum(), (less == 0).sum(), (less < 0).sum())
-                    ],
-                }
-
-
 def _trust(cases: Cases, quality: Rows) -> Iterator[tuple[str, Markup]]:
     """Title and chart of what the model's own expectations are worth."""
-    regions = dict.fromkeys(str(row["region"]) for row in quality)
     pairs = {}
-    for region in regions:
+    for region in regions(quality):
         own = [row for row in quality if row["region"] == region]
         scored = [cases.get(row["case_id"], {}).get(region, {}) for row in own]
         both = np.concatenate([_array(own, "expected_dice"), _array(scored, "dice")], axis=1)
