@@ -209,6 +209,7 @@ def log_report(run: Run, model: str, name: str, html: str) -> None:
     place = f"reports/{name}"
     model_name, _, version = model.removeprefix("models:/").partition("/")
     try:
+        check_reachable(run.uri)
         with tracking_errors(run.uri):
             client = MlflowClient(run.uri, run.uri)
             client.log_text(run.run_id, html, place)

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from faulty import SOAK
+from mlflow import MlflowClient
 
 from raybrats.brats import EDITIONS
 from raybrats.config import TrainConfig, override_all
@@ -54,9 +55,10 @@ def test_an_edition_goes_through_the_whole_line(two_workers: TrainConfig, tmp_pa
     assert tuple(found.mean) == (*names, "mean")
     (first, *_) = (tmp_path / "predicted").glob("*.nii.gz")
     assert set(np.unique(nib.load(first).dataobj)) <= {0, *EDITIONS[edition].label_values}
-    page = tmp_path / "report.html"
-    write_report(out, cohort, str(page), Options(tracking_uri=server))
+    write_report(out, cohort, str(page := tmp_path / "report.html"), Options(tracking_uri=server))
     assert all(f"Dice {name}" in page.read_text() for name in names)
+    tags = MlflowClient(server, server).get_model_version(edition, "1").tags
+    assert tags["report"] == f"runs:/{result.mlflow_run_id}/reports/report.html"
 
     # On cases with other labels the model says what it knows, which is not compared with theirs
     others = str(tmp_path / "others")

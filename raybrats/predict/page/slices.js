@@ -72,6 +72,14 @@ function outline(context, { pixels, width, height }, area, label, part) {
   context.stroke();
 }
 
+// The labels of a slice in the order in which they are drawn: an inner one comes after an outer one.
+function largestFirst({ pixels }, count) {
+  const sizes = new Array(count + 1).fill(0);
+  for (const label of pixels) sizes[label]++;
+  const labels = [...sizes.keys()].filter((label) => label && sizes[label]);
+  return labels.sort((a, b) => sizes[b] - sizes[a]);
+}
+
 function drawMarks(context, { ends }, [width, height], pixelsPerMm, unit) {
   context.fillStyle = context.strokeStyle = "#c9d1d9";
   context.font = `600 ${11 * unit}px system-ui, sans-serif`;
@@ -220,17 +228,17 @@ class Slices {
     if (shown("show-prediction")) {
       const labels = slice(this.labels[canvas.dataset.model], this.case.shape, plane, index);
       context.lineWidth = 1.6 * unit;
-      this.case.colours.forEach(([, colour], n) => {
-        context.strokeStyle = colour;
-        outline(context, labels, area, n + 1, 1);
-      });
+      for (const label of largestFirst(labels, this.case.colours.length)) {
+        context.strokeStyle = this.case.colours[label - 1][1];
+        outline(context, labels, area, label, 1);
+      }
     }
     if (this.reference && shown("show-reference")) {
       const labels = slice(this.reference, this.case.shape, plane, index);
       for (const [style, width] of [["#000a", 2.6], ["#fff", 1.3]]) {
         context.strokeStyle = style;
         context.lineWidth = width * unit;
-        this.case.colours.forEach((_, n) => outline(context, labels, area, n + 1, 0.45));
+        for (const label of largestFirst(labels, this.case.colours.length)) outline(context, labels, area, label, 0.45);
       }
     }
     drawMarks(context, PLANES[plane], [canvas.width, canvas.height], area.perMm, unit);

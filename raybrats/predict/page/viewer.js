@@ -40,6 +40,8 @@ async function openViewer(shown) {
   await shown.load();
   const box = shown.section.querySelector(".niivue");
   const canvas = box.appendChild(document.createElement("canvas"));
+  canvas.tabIndex = 0;
+  canvas.ariaLabel = "Planes and volume, shown by NiiVue";
   const viewer = new Niivue({
     backColor: [0, 0, 0, 1],
     crosshairColor: [1, 1, 1, 0.5],
