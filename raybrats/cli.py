@@ -209,15 +209,17 @@ def compare(args: Sequence[str]) -> Answer:
         fold=o.fold,
         permutations=o.permutations,
     )
+    first = found.standings[0].model
     places = [
         f"{s.place:g}. {s.model}: mean rank {s.mean_rank:.3f}, tier {s.tier}"
+        + (f", p {found.p_values[first, s.model]:.4f}" if s.model != first else "")
         for s in found.standings
     ]
     rows = [
-        (better, other, f"{found.p_values[better, other]:.4f}", region, score, _span(*figures))
+        (better, other, region, score, _span(*figures))
         for better, other, region, score, *figures in found.difference_rows()
     ]
-    columns = ("better", "other", "p of ranks", "region", "score", "difference [95 %]")
+    columns = ("better", "other", "region", "score", "difference [95 %]")
     return Answer(found.document(), found.title, columns, rows, places)
 
 

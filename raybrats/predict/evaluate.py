@@ -70,8 +70,7 @@ class Evaluation:
     mean: dict[str, dict[str, float | None]]
     """Region -> score -> mean over cases; `mean` is the unweighted mean of the regions."""
     missing: tuple[str, ...]
-    """Case ids of references without a prediction. `brats2026` charges them in all that is over
-    cases; elsewhere they do not count."""
+    """Case ids of references without a prediction; they do not count in the means."""
     unlabelled: tuple[str, ...]
     """Case ids of predictions that are left out, for the references know the case without labels.
     """
@@ -79,6 +78,9 @@ class Evaluation:
     """Region -> score -> median, spread and interval of the mean over cases."""
     labels: dict[str, Any]
     """Accuracy, mean IoU and the scores of each label, as in `label_score.label_scores`."""
+    charged: dict[str, dict[str, float | None]] | None = None
+    """The means with each missing case as `CHARGED` has it, which is what the official scorer sums
+    up; None but by `brats2026` with missing cases."""
 
     @property
     def title(self) -> str:
@@ -86,8 +88,8 @@ class Evaluation:
         text = f"{_counted(len(case_ids(self.rows)), 'case')} by {self.rules}"
         if self.missing:
             text += f", {_counted(len(self.missing), 'reference')} without a prediction"
-            charge = f" (charged Dice 0, HD95 {CHARGED['hd95_mm']:.0f} mm)"
-            text += charge if self.rules == "brats2026" else ""
+        if self.charged:
+            text += f" (charged Dice 0 for each, the mean is {self.charged[OVERALL]['dice']:.3f})"
         if self.unlabelled:
             text += f", {_counted(len(self.unlabelled), 'prediction')} left out without labels"
         if self.labels.get("accuracy") is not None:
@@ -191,23 +193,24 @@ def evaluation_of(
 
     Example:
         >>> rows = [{"case_id": "a", "region": "WT", "dice": 0.5}]
-        >>> evaluation_of("brats2026", rows, [], missing=["b"]).mean["WT"]["dice"]
-        0.25
+        >>> found = evaluation_of("brats2026", rows, [], missing=["b"])
+        >>> found.mean["WT"]["dice"], found.charged["WT"]["dice"]
+        (0.5, 0.25)
     """
-    charged = [
+    charges = [
         {"case_id": case_id, "region": name, **CHARGED}
         for case_id in (missing if rules == "brats2026" else ())
         for name in regions(rows)
     ]
-    counted = (*rows, *charged)
     return Evaluation(
         rules=rules,
         rows=tuple(rows),
-        mean=means(counted),
+        mean=means(rows),
         missing=tuple(missing),
         unlabelled=tuple(unlabelled),
-        summary=summaries(counted),
+        summary=summaries(rows),
         labels=label_scores(confusions),
+        charged=means([*rows, *charges]) if charges else None,
     )
 
 
