@@ -92,6 +92,8 @@ def write_report(
     cases = _predicted(index.load(cohort_uri, verify=False), ours)
     if not cases:
         raise DataError(f"{predictions}: no prediction of a case of {cohort_uri}")
+    if unknown := sorted(set(options.cases) - {case.case_id for case in cases}):
+        raise UsageError(f"--case {unknown[0]}: no case of that name has a prediction")
     both = [ours, *([_other(options.against, ours)] if options.against else [])]
     evaluations = {}
     if any(c.label_uri and c.label_values and c.labels == ours.known for c in cases):
@@ -181,14 +183,8 @@ def _facts(model: str, run: Run, num_cases: str) -> dict[str, str]:
 def _chosen(
     cases: Sequence[Case], rows: Sequence[Mapping[str, object]], named: Sequence[str]
 ) -> list[tuple[Case, str]]:
-    """The named cases, and from the worst mean Dice to the best those of `_ROLES`.
-
-    Raises:
-        UsageError: a named case has no prediction.
-    """
+    """The named cases, and from the worst mean Dice to the best those of `_ROLES`."""
     by_id = {case.case_id: case for case in cases}
-    if unknown := [case_id for case_id in named if case_id not in by_id]:
-        raise UsageError(f"--case {unknown[0]}: no case of that name has a prediction")
     dice: dict[str, list[float]] = {}
     for row in rows:
         if row["dice"] is not None:
@@ -211,8 +207,10 @@ def _shown(case: Case, role: str, both: Sequence[Predictions]) -> Shown:
     name = file_name(case)
     labels = {}
     for predictions in both:
-        volume = decode(storage.read_bytes(storage.join(predictions.uri, name)), name)
-        labels[predictions.model] = labels_from(volume, values, name)
+        place = storage.join(predictions.uri, name)
+        if predictions is both[0] or storage.exists(place):
+            volume = decode(storage.read_bytes(place), name)
+            labels[predictions.model] = labels_from(volume, values, name)
     images = zip(MODALITIES, opened.volumes, strict=True)
     return Shown(
         case_id=case.case_id,

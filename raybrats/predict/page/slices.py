@@ -85,13 +85,13 @@ def embedded(shown: Shown) -> dict[str, Any]:
         >>> found["start"], found["shape"], found["at"]
         ([0, 0, 0], [8, 8, 8], [4, 4, 4])
     """
-    box = head_box(shown)
+    box = _head_box(shown)
     head = next(iter(shown.images.values()))[box]
     step = math.ceil((head.size / _MAX_VOXELS) ** (1 / 3))
     thin = tuple(slice(s.start, s.stop, step) for s in box)
     shape = [math.ceil(n / step) for n in head.shape]
     columns = math.ceil(math.sqrt(shape[2] * shape[1] / shape[0]))
-    chosen = zip(largest_slices(shown), box, strict=True)
+    chosen = zip(_largest_slices(shown), box, strict=True)
     return {
         "start": [s.start for s in box],
         "step": step,
@@ -106,26 +106,14 @@ def embedded(shown: Shown) -> dict[str, Any]:
     }
 
 
-def head_box(shown: Shown) -> Box:
-    """Box of what is not background in any image or label, and 2 voxels about it."""
-    images = [image != image.flat[0] for image in shown.images.values()]
-    mask = np.any([*images, *(labels > 0 for labels in shown.labels.values())], axis=0)
-    box = bounding_box(mask if mask.any() else ~mask)
-    i, j, k = (slice(max(s.start - 2, 0), s.stop + 2) for s in box)
-    return i, j, k
-
-
-def largest_slices(shown: Shown) -> list[int]:
-    """Slice of each axis with most tumour: the reference's, else a prediction's, else midway."""
-    for labels in (shown.reference, *shown.predictions.values()):
-        if labels is not None and labels.any():
-            return [int((labels > 0).sum(axis=a).argmax()) for a in ((1, 2), (0, 2), (0, 1))]
-    middle = zip(head_box(shown), next(iter(shown.images.values())).shape, strict=True)
-    return [(s.start + min(s.stop, n)) // 2 for s, n in middle]
-
-
 def region_volumes(shown: Shown) -> dict[str, dict[str, float]]:
-    """Region -> model, or `reference`, -> cm3."""
+    """Region -> model, or `reference`, -> cm3.
+
+    Example:
+        >>> labels = np.full((10, 10, 10), 2, np.uint8)
+        >>> region_volumes(Shown("a", {"t1": labels}, (1.0, 1.0, 1.0), None, {"m": labels}))["WT"]
+        {'m': 1.0}
+    """
     cm3 = math.prod(shown.spacing_mm) / 1000
     return {
         region.name: {
@@ -134,6 +122,24 @@ def region_volumes(shown: Shown) -> dict[str, dict[str, float]]:
         }
         for region in shown.label_set.regions
     }
+
+
+def _head_box(shown: Shown) -> Box:
+    """Box of what is not background in any image or label, and 2 voxels about it."""
+    images = [image != image.flat[0] for image in shown.images.values()]
+    mask = np.any([*images, *(labels > 0 for labels in shown.labels.values())], axis=0)
+    box = bounding_box(mask if mask.any() else ~mask)
+    i, j, k = (slice(max(s.start - 2, 0), s.stop + 2) for s in box)
+    return i, j, k
+
+
+def _largest_slices(shown: Shown) -> list[int]:
+    """Slice of each axis with most tumour: the reference's, else a prediction's, else midway."""
+    for labels in (shown.reference, *shown.predictions.values()):
+        if labels is not None and labels.any():
+            return [int((labels > 0).sum(axis=a).argmax()) for a in ((1, 2), (0, 2), (0, 1))]
+    middle = zip(_head_box(shown), next(iter(shown.images.values())).shape, strict=True)
+    return [(s.start + min(s.stop, n)) // 2 for s, n in middle]
 
 
 def _grey(voxels: np.ndarray) -> np.ndarray:
