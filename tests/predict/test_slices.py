@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raybrats.label_set import ED, GLIOMA, LabelSet
+from raybrats.label_set import ED, ET, GLIOMA, NCR, LabelSet
 from raybrats.phantom.phantom import make_phantom
 from raybrats.predict.page.slices import Shown, colours_of, embedded, region_volumes
 
@@ -93,6 +93,10 @@ def test_a_case_with_nothing_to_see(shown, empty):
     assert (found["reference"] is None) == (empty == "no reference")
     assert all(0 <= at < n for at, n in zip(found["at"], found["shape"], strict=True))
     assert grey_of(next(iter(found["images"].values())), found).shape == tuple(found["shape"])
+
+
+def test_inner_labels_are_outlined_over_outer_ones(shown):
+    assert embedded(shown)["order"] == [ED, NCR, ET]
 
 
 def test_the_same_case_is_the_same_text(shown):

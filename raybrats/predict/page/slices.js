@@ -72,14 +72,6 @@ function outline(context, { pixels, width, height }, area, label, part) {
   context.stroke();
 }
 
-// The labels of a slice in the order in which they are drawn: an inner one comes after an outer one.
-function largestFirst({ pixels }, count) {
-  const sizes = new Array(count + 1).fill(0);
-  for (const label of pixels) sizes[label]++;
-  const labels = [...sizes.keys()].filter((label) => label && sizes[label]);
-  return labels.sort((a, b) => sizes[b] - sizes[a]);
-}
-
 function drawMarks(context, { ends }, [width, height], pixelsPerMm, unit) {
   context.fillStyle = context.strokeStyle = "#c9d1d9";
   context.font = `600 ${11 * unit}px system-ui, sans-serif`;
@@ -228,7 +220,7 @@ class Slices {
     if (shown("show-prediction")) {
       const labels = slice(this.labels[canvas.dataset.model], this.case.shape, plane, index);
       context.lineWidth = 1.6 * unit;
-      for (const label of largestFirst(labels, this.case.colours.length)) {
+      for (const label of this.case.order) {
         context.strokeStyle = this.case.colours[label - 1][1];
         outline(context, labels, area, label, 1);
       }
@@ -238,7 +230,7 @@ class Slices {
       for (const [style, width] of [["#000a", 2.6], ["#fff", 1.3]]) {
         context.strokeStyle = style;
         context.lineWidth = width * unit;
-        for (const label of largestFirst(labels, this.case.colours.length)) outline(context, labels, area, label, 0.45);
+        for (const label of this.case.order) outline(context, labels, area, label, 0.45);
       }
     }
     drawMarks(context, PLANES[plane], [canvas.width, canvas.height], area.perMm, unit);

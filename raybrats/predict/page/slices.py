@@ -103,6 +103,7 @@ def embedded(shown: Shown) -> dict[str, Any]:
         "models": [{"name": n, "labels": _packed(v[thin])} for n, v in shown.predictions.items()],
         "reference": None if shown.reference is None else _packed(shown.reference[thin]),
         "colours": list(colours_of(shown.label_set).items()),
+        "order": _outer_first(shown.label_set),
     }
 
 
@@ -140,6 +141,15 @@ def _largest_slices(shown: Shown) -> list[int]:
             return [int((labels > 0).sum(axis=a).argmax()) for a in ((1, 2), (0, 2), (0, 1))]
     middle = zip(_head_box(shown), next(iter(shown.images.values())).shape, strict=True)
     return [(s.start + min(s.stop, n)) // 2 for s, n in middle]
+
+
+def _outer_first(labels: LabelSet) -> list[int]:
+    """Labels in the order in which they are outlined: those that most regions hold come last."""
+    depth = {
+        label: sum(label in region.labels for region in labels.regions)
+        for label in range(1, len(labels.names) + 1)
+    }
+    return sorted(depth, key=depth.__getitem__)
 
 
 def _grey(voxels: np.ndarray) -> np.ndarray:
