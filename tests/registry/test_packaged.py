@@ -124,7 +124,7 @@ def test_a_model_of_a_package_asks_for_it_and_predicts(config, site):
     torch.manual_seed(0)
     expected = segment(network_of(config).eval(), config, image())
     assert len(np.unique(expected)) > 1
-    assert np.array_equal(model.predict(image()), expected)
+    assert np.array_equal(model.segment(image()).labels, expected)
     shutil.rmtree(site / "yours-7.1.dist-info")
     assert load.read(uri, config.tracking.uri).config == config
 
@@ -212,4 +212,4 @@ def test_a_module_that_a_checkpoint_names_is_imported_only_if_the_user_says_so(c
     assert spy.exists()
     torch.manual_seed(0)
     expected = segment(network_of(own).eval(), own, image())
-    assert np.array_equal(model.predict(image()), expected)
+    assert np.array_equal(model.segment(image()).labels, expected)
