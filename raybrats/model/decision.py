@@ -158,6 +158,7 @@ def outer(region: Region, known: LabelSet) -> int:
     return min(around, key=lambda r: len(r.labels)).painted if around else 0
 
 
+@torch.inference_mode()
 def probabilities(config: TrainConfig, blend: Blend) -> Tensor:
     """Probabilities of the outputs, float32 (batch, output, i, j, k), in the memory of the sums.
 
