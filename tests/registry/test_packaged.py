@@ -228,10 +228,9 @@ def test_a_module_that_a_checkpoint_names_is_imported_only_if_the_user_says_so(c
 
 REGIONS = {"network.name": "plain", "loss.name": "sum", "loss.target": "regions"}
 RULES = {
-    "prediction.overlap": 0.3,
+    "prediction.overlap": 0.75,
     "prediction.mirror": [0, 2],
-    "prediction.smallest_voxels": [100, 50, 0],
-    "prediction.replace_below_voxels": [0, 0, 100_000],
+    "prediction.smallest_voxels": [0, 0, 100_000],
 }
 
 
