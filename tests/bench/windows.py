@@ -1,9 +1,9 @@
 """What sliding windows cost above the bare forwards of the same windows, and peak memory of a case.
 
-    .venv-bench/bin/python tests/bench/windows.py [--rounds 3] [--edge 128] [--memory]
+    .venv-bench/bin/python tests/bench/windows.py [--edge 128] [--shape I J K] [--memory]
 
-A phantom of 240 x 240 x 155, cropped to its brain, through a small U-Net; wall seconds with two
-threads, in interleaved rounds. Peers blend with a Gaussian and overlap by half: nnU-Net's predictor
+A phantom, cropped to its brain, through a small U-Net; wall seconds of one
+thread, in interleaved rounds. Peers blend with a Gaussian and overlap by half: nnU-Net's predictor
 and MONAI's inferer, each beside the bare forwards of the windows that it lays itself.
 
 --memory: peak resident set of `segment_prepared` on 240 x 240 x 155 and 512^3, all brain, each in a
@@ -87,11 +87,11 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def beside(edge: int, rounds: int) -> dict[str, dict[str, Any]]:
+def beside(edge: int, rounds: int, shape: tuple[int, int, int]) -> dict[str, dict[str, Any]]:
     """Each peer's windows, its time, that of as many bare forwards, and their ratio."""
     torch.manual_seed(0)
     network = Counted(build(NETWORK, 4).eval())
-    image = uploaded(prepare(list(make_phantom(0, shape=measure.PHANTOM_SHAPE)[0])), CPU).image
+    image = uploaded(prepare(list(make_phantom(0, shape=shape)[0])), CPU).image
     window, counts, said = torch.randn(1, 4, edge, edge, edge), {}, {}
     for name, predict in PEERS.items():
         network.seen = 0
@@ -181,6 +181,7 @@ def memory() -> dict[str, dict[str, Any]]:
 def main() -> int:
     parser = measure.parser(__doc__, rounds=3)
     parser.add_argument("--edge", type=int, default=128)
+    parser.add_argument("--shape", type=int, nargs=3, default=measure.PHANTOM_SHAPE)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--only", nargs=5, type=int, metavar="N")
     options = parser.parse_args()
@@ -191,9 +192,9 @@ def main() -> int:
     if options.memory:
         rows = memory()
     else:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         with measure.quiet():
-            rows = beside(options.edge, options.rounds)
+            rows = beside(options.edge, options.rounds, tuple(options.shape))
     title = "peak memory of a case" if options.memory else f"windows of {options.edge}^3"
     measure.report(rows, measure.table(title, rows), as_json=options.json)
     return 0
