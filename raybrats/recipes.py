@@ -11,6 +11,7 @@ from raybrats.config import (
     LossConfig,
     NetworkConfig,
     OptimConfig,
+    PredictionConfig,
     RunConfig,
     TrainConfig,
     ValidationConfig,
@@ -37,7 +38,8 @@ def tiny() -> TrainConfig:
         ),
         network=NetworkConfig(widths=(8, 16, 32, 64)),
         optim=OptimConfig(lr=1e-2, steps=150, global_batch=4),
-        validation=ValidationConfig(every_steps=75, overlap=0.25),
+        validation=ValidationConfig(every_steps=75),
+        prediction=PredictionConfig(overlap=0.25),
         cluster=ClusterConfig(workers=2, device="cpu", cpus_per_worker=0.5),
         run=RunConfig(seed=1),
     )

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
+from raybrats.arguments import config_of
 from raybrats.config import (
     AugmentConfig,
     ClusterConfig,
@@ -14,6 +15,7 @@ from raybrats.config import (
     LossConfig,
     NetworkConfig,
     OptimConfig,
+    PredictionConfig,
     TrainConfig,
     digest,
     from_json,
@@ -21,7 +23,7 @@ from raybrats.config import (
     to_json,
 )
 from raybrats.errors import UsageError
-from raybrats.recipes import RECIPES, named, recipe, tiny
+from raybrats.recipes import RECIPES, named, post_op, recipe, tiny
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -61,6 +63,39 @@ def test_json_that_does_not_fit_is_refused_by_field(text: str, said: str):
 
 
 @pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        ({"overlap": 0.25, "mirror": True}, {"overlap": 0.25, "mirror": (0, 1, 2)}),
+        ({"overlap": 0.75, "mirror": False}, {"overlap": 0.75}),
+        ({"mirror": True}, {"mirror": (0, 1, 2)}),
+        ({}, {}),
+    ],
+)
+def test_a_run_of_before_the_prediction_section_is_read(old, now):
+    tree = json.loads(to_json(TrainConfig()))
+    del tree["prediction"]
+    tree["validation"] |= old
+    assert from_json(json.dumps(tree)) == TrainConfig(prediction=PredictionConfig(**now))
+    assert from_json(json.dumps(tree).encode()) == TrainConfig(prediction=PredictionConfig(**now))
+    if old:
+        with pytest.raises(UsageError, match=r"^validation\.(overlap|mirror)"):
+            from_json(json.dumps({**tree, "prediction": {}}))
+
+
+def test_the_prediction_section_is_set_on_the_command_line():
+    words = ["--prediction.mirror", "0", "2", "--prediction.threshold", "0.4", "0.5", "0.45"]
+    config = config_of("train", ["tiny", *words, "--prediction.look-below", "0.7"])
+    expected = PredictionConfig(
+        overlap=0.25, mirror=(0, 2), threshold=(0.4, 0.5, 0.45), look_below=0.7
+    )
+    assert config.prediction == expected
+    assert from_json(to_json(config)) == config
+
+
+TWO = PredictionConfig(threshold=(0.5, 0.5))
+
+
+@pytest.mark.parametrize(
     ("make", "field"),
     [
         (lambda: DataConfig(patch_size=(4, 64, 64)), "data.patch_size"),
@@ -88,6 +123,16 @@ def test_json_that_does_not_fit_is_refused_by_field(text: str, said: str):
         (lambda: OptimConfig(lr=0), "optim.lr"),
         (lambda: ClusterConfig(workers=0), "cluster.workers"),
         (lambda: TrainConfig(data=DataConfig(patch_size=(100, 128, 128))), "data.patch_size"),
+        (lambda: PredictionConfig(overlap=1.0), "prediction.overlap"),
+        (lambda: PredictionConfig(mirror=(0, 3)), "prediction.mirror"),
+        (lambda: PredictionConfig(mirror=(0, 0)), "prediction.mirror"),
+        (lambda: PredictionConfig(threshold=(0.5, 1.0, 0.5)), "prediction.threshold"),
+        (lambda: PredictionConfig(smallest_voxels=(0, -1, 0)), "prediction.smallest_voxels"),
+        (lambda: PredictionConfig(replace_below_voxels=(-1,)), "prediction.replace_below_voxels"),
+        (lambda: PredictionConfig(temperature=(0.0, 1, 1)), "prediction.temperature"),
+        (lambda: PredictionConfig(look_below=1.5), "prediction.look_below"),
+        (lambda: replace(tiny(), prediction=TWO), "prediction.threshold"),
+        (lambda: override(post_op(), "prediction.threshold", [0.4] * 4), "prediction.threshold"),
     ],
 )
 def test_a_section_refuses_a_value_and_names_its_field(make, field: str):

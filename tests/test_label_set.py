@@ -16,7 +16,7 @@ from raybrats.data.cohort.rows import read_cohort, write_cohort
 from raybrats.data.cohort.usable import with_labels
 from raybrats.errors import DataError, UsageError
 from raybrats.label_set import GLIOMA, LABEL_SETS, LabelSet, Region, as_text, label_set_of
-from raybrats.model.inference import decoded, labels_of
+from raybrats.model.decision import decoded, labels_of
 from raybrats.model.loss import SegmentationLoss, label_masks, region_masks
 from raybrats.model.metrics import region_dice, region_sizes
 from raybrats.model.network import num_outputs

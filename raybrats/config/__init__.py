@@ -8,6 +8,7 @@ from raybrats.config.augment import AugmentConfig
 from raybrats.config.data import NUM_FOLDS, DataConfig, Normalisation
 from raybrats.config.network import LOSSES, NETWORKS, LossConfig, NetworkConfig
 from raybrats.config.place import ClusterConfig, RunConfig, TrackingConfig
+from raybrats.config.prediction import PredictionConfig
 from raybrats.config.run import (
     TrainConfig,
     deciding,
@@ -32,6 +33,7 @@ __all__ = [
     "NetworkConfig",
     "Normalisation",
     "OptimConfig",
+    "PredictionConfig",
     "RunConfig",
     "Section",
     "TrackingConfig",

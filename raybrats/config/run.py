@@ -12,6 +12,7 @@ from raybrats.config.augment import AugmentConfig
 from raybrats.config.data import DataConfig
 from raybrats.config.network import LOSSES, NETWORKS, LossConfig, NetworkConfig
 from raybrats.config.place import ClusterConfig, RunConfig, TrackingConfig
+from raybrats.config.prediction import PredictionConfig
 from raybrats.config.section import Section, require
 from raybrats.config.training import OptimConfig, ValidationConfig
 from raybrats.errors import UsageError
@@ -30,6 +31,7 @@ class TrainConfig(Section):
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    prediction: PredictionConfig = field(default_factory=PredictionConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     run: RunConfig = field(default_factory=RunConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -39,6 +41,10 @@ class TrainConfig(Section):
         rule = f"multiples of {stride} (network.widths has {len(self.network.widths)} stages)"
         edges = patch[: self.spatial_dims]
         require(all(n % stride == 0 for n in edges), "data.patch_size", rule, patch)
+        cuts, regions = self.prediction.threshold, self.loss.target == "regions"
+        rule = "none with loss.target labels, where the most probable label is taken"
+        require(regions or not cuts, "prediction.threshold", rule, cuts)
+        self.prediction.check_regions(len(self.labels.regions))
         batch, workers = self.optim.global_batch, self.cluster.workers
         if self.cluster.min_workers:  # shares differ by a patch at most, and are weighted
             require(
@@ -86,6 +92,8 @@ def to_json(config: TrainConfig) -> str:
 def from_json(text: str | bytes) -> TrainConfig:
     """The run that `to_json` wrote; fields that it lacks have their defaults.
 
+    Before there was a prediction section, validation had its overlap and `mirror: true`.
+
     Raises:
         UsageError: a key is unknown or a value does not fit.
 
@@ -96,7 +104,21 @@ def from_json(text: str | bytes) -> TrainConfig:
     from pydantic import TypeAdapter
 
     with _named_by_field():
-        return TypeAdapter(TrainConfig).validate_json(text)
+        return TypeAdapter(TrainConfig).validate_json(_current(text))
+
+
+def _current(text: str | bytes) -> str | bytes:
+    """The JSON with what was validation's and is the prediction's now, where it is to be read."""
+    try:
+        tree = json.loads(text)
+        old = tree["validation"]
+        if "prediction" in tree or not {"overlap", "mirror"} & set(old):
+            return text
+        moved = {"overlap": old.pop("overlap")} if "overlap" in old else {}
+        moved |= {"mirror": [0, 1, 2]} if old.pop("mirror", False) else {}
+        return json.dumps({**tree, "prediction": moved})
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return text  # no run, about which pydantic has the words
 
 
 def digest(config: TrainConfig) -> str:
@@ -115,7 +137,7 @@ def deciding(tree: Mapping[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> sorted(deciding(asdict(TrainConfig())))
-        ['augment', 'data', 'loss', 'network', 'optim', 'run', 'validation']
+        ['augment', 'data', 'loss', 'network', 'optim', 'prediction', 'run', 'validation']
     """
     ignored = ("recipe", "run", "cluster", "tracking")
     places = ("cpus_per_task", "prefetch_batches", "cache_dir", "cache_gb")

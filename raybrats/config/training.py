@@ -57,14 +57,10 @@ class OptimConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig(Section):
-    """How often the held-out cases are segmented whole, and how."""
+    """How often the held-out cases are segmented whole; how is the prediction's."""
 
     every_steps: int = 2_500
     """Steps between validations; each also writes a checkpoint, and so does the end."""
-    overlap: float = 0.5
-    """Overlap of the sliding windows, as a fraction of the patch."""
-    mirror: bool = False
-    """Whether a window is seen in all its mirror images, whose logits are summed (nnU-Net)."""
     max_cases: int = 0
     """Held-out cases that are used, the first in cohort order; 0 uses all."""
     patience: int = 0
@@ -73,5 +69,4 @@ class ValidationConfig(Section):
     def __post_init__(self) -> None:
         require(self.patience >= 0, "validation.patience", ">= 0", self.patience)
         require(self.every_steps >= 1, "validation.every_steps", ">= 1", self.every_steps)
-        require(0 <= self.overlap < 1, "validation.overlap", "in 0..1", self.overlap)
         require(self.max_cases >= 0, "validation.max_cases", ">= 0", self.max_cases)

@@ -1,29 +1,26 @@
-"""Whole cases through the network: sliding windows, and regions back to labels."""
+"""Whole cases through one network or several -> labels, probabilities, and how far they agree."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice, product
-from types import EllipsisType
+from itertools import combinations
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
 
 from raybrats.config import TrainConfig
 from raybrats.data.batch import normalise
 from raybrats.data.prepare import Prepared, prepare, restore
-from raybrats.label_set import GLIOMA, LabelSet
-from raybrats.model.network import heads
+from raybrats.model import decision
+from raybrats.model.metrics import region_dice, region_sizes
+from raybrats.model.network import trained_network
+from raybrats.model.windows import Blend, blend_slices, blend_windows
 
-SIGMA = 1 / 8
-"""Deviation of the Gaussian by which windows are blended, in edges of the window (nnU-Net)."""
 WINDOWS_AT_ONCE = {"cuda": 2}
 """Windows that a kind of device takes together, else one. Nothing of them is kept to go back, so
 two need less memory than a patch in training."""
-SLICES_AT_ONCE = 16
-"""Slices that a 2-D network takes together: about as many activations as a 128^3 patch has."""
+_SLAB = 16
+"""Planes that are normalised together, so that what is made on the way stays small."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,27 @@ class Uploaded:
     """Network input, float32 (1, modality, i, j, k)."""
     labels: Tensor | None
     """Labels 0, 1, 2, ... of the case's label set, uint8 (i, j, k)."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A network and its run: a model, or one of those that make it up."""
+
+    network: nn.Module
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What a model, or several together, say of a case."""
+
+    labels: np.ndarray
+    """uint8 (i, j, k): 0, 1, 2, ... of the label set."""
+    probabilities: np.ndarray | None = None
+    """Of the regions, in the order of the label set, at the model's temperatures: float16 (region,
+    i, j, k), 0 outside the brain's box; None where nobody asked."""
+    agreement: dict[str, float] | None = None
+    """Mean Dice of each region over the pairs of members, 1 where neither has it; None of one."""
 
 
 def uploaded(prepared: Prepared, device: torch.device) -> Uploaded:
@@ -56,16 +74,18 @@ def uploaded(prepared: Prepared, device: torch.device) -> Uploaded:
 
     scaling = prepared.scaling.map(lambda numbers: moved(numbers)[None])
     labels = None if prepared.labels is None else moved(prepared.labels)
-    return Uploaded(prepared, normalise(moved(prepared.image)[None], scaling)[0], labels)
+    voxels = moved(prepared.image)[None]
+    image = torch.empty_like(voxels, dtype=torch.float32)
+    for made, slab in zip(image.split(_SLAB, dim=4), voxels.split(_SLAB, dim=4), strict=True):
+        made.copy_(normalise(slab, scaling)[0])
+    return Uploaded(prepared, image, labels)
 
 
 @torch.inference_mode()
 def predict_case(
     network: nn.Module, config: TrainConfig, case: Uploaded, at_once: int = 0
 ) -> Tensor:
-    """Labels of a case, uint8 (1, i, j, k).
-
-    The network sees pieces as in training: patches, slices, or the whole case.
+    """Labels of a case, uint8 (1, i, j, k), by the prediction section of the run.
 
     Args:
         network: the network.
@@ -81,147 +101,134 @@ def predict_case(
         >>> predict_case(network, tiny(), case)[0].shape == prepared.image.shape[1:]
         True
     """
-    image, stride = case.image, config.network.stride
-    validation, sampling = config.validation, config.data.sampling
-    size: Sequence[int] = config.data.patch_size
-    if sampling == "slices":
-        return decoded(config, _predict_slices(network, config, case.prepared, image))
-    if sampling == "volume":
-        size = [-(-edge // stride) * stride for edge in image.shape[2:]]
-    logits = predict_logits(
-        network,
-        image,
-        size,
-        validation.overlap,
-        mirror=validation.mirror,
-        at_once=at_once or WINDOWS_AT_ONCE.get(image.device.type, 1),
-    )
-    return decoded(config, logits)
+    return decision.decided(config, _blend(network, config, case, at_once))
+
+
+def _blend(network: nn.Module, config: TrainConfig, case: Uploaded, at_once: int = 0) -> Blend:
+    """The network sees pieces as in training: patches, slices, or the whole case."""
+    if config.data.sampling == "slices":
+        return blend_slices(network, case.image, config, case.prepared)
+    at_once = at_once or WINDOWS_AT_ONCE.get(case.image.device.type, 1)
+    return blend_windows(network, case.image, config, at_once)
 
 
 @torch.inference_mode()
-def predict_logits(
-    network: nn.Module,
-    image: Tensor,
-    patch_size: Sequence[int],
-    overlap: float,
-    *,
-    mirror: bool = False,
-    at_once: int = 1,
-) -> Tensor:
-    """Logits of a whole image (batch, output, i, j, k), by blended sliding windows.
+def segment_prepared(
+    members: Sequence[Member], prepared: Prepared, *, probabilities: bool = False
+) -> Segmented:
+    """What a model says of a prepared case, in the canonical volume that it was cropped from.
 
-    Windows lie as nnU-Net lays them, evenly from edge to edge. Their logits are summed with the
-    weights of a Gaussian; the sums are not divided by their weights, for neither the sign nor the
-    greatest logit of a voxel depends on that.
+    Several members' probabilities are averaged; thresholds, other rules and temperatures are those
+    of the first. Each has its own windows.
 
-    Example:
-        >>> network = nn.Conv3d(4, 3, kernel_size=1)
-        >>> predict_logits(network, torch.zeros(1, 4, 9, 9, 7), (8, 8, 8), overlap=0.5).shape
-        torch.Size([1, 3, 9, 9, 7])
-    """
-    size, shape = tuple(patch_size), image.shape[2:]
-    room = [max(0, n - edge) for n, edge in zip(size, shape, strict=True)]
-    padded = pad(image, [n for r in reversed(room) for n in (r // 2, r - r // 2)])
-    blend = _gaussian(size, image.device)
-    total: Tensor | None = None
-    windows = _windows(padded.shape[2:], size, overlap)
-    while group := list(islice(windows, at_once)):
-        seen = torch.cat([padded[window] for window in group])
-        logits = _seen(network, seen, (2, 3, 4) if mirror else ()).split(len(image))
-        if total is None:
-            total = logits[0].new_zeros(*logits[0].shape[:2], *padded.shape[2:])
-        for window, found in zip(group, logits, strict=True):
-            total[window] += blend * found
-    assert total is not None, "an image has a window"
-    inside = [slice(r // 2, r // 2 + edge) for r, edge in zip(room, shape, strict=True)]
-    return total[(..., *inside)]
+    Memory, a voxel of the brain's box, with M modalities, O outputs, N members and R regions: the
+    prepared case 2 M bytes, its copy 2 M, the input 4 M, sums 4 (O + 1), labels 1 + N, and where
+    N > 1 the mean 4 O, with probabilities 2 R; and a voxel of the volume 1 + 2 R for what returns.
 
-
-def _seen(network: nn.Module, window: Tensor, axes: Sequence[int]) -> Tensor:
-    """The logits of a window, summed over all its mirror images along some axes."""
-    total = heads(network(window))[0].float()
-    for count in range(1, len(axes) + 1):
-        for turned in combinations(axes, count):
-            total = total + heads(network(window.flip(turned)))[0].float().flip(turned)
-    return total
-
-
-def _windows(
-    shape: Sequence[int], size: Sequence[int], overlap: float
-) -> Iterator[tuple[EllipsisType | slice, ...]]:
-    """The windows that cover an image, as indices of (batch, channel, i, j, k)."""
-    starts = []
-    for edge, n in zip(shape, size, strict=True):
-        steps = math.ceil((edge - n) / (n * (1 - overlap)))
-        starts.append([round((edge - n) * step / max(1, steps)) for step in range(steps + 1)])
-    for corner in product(*starts):
-        yield (..., *(slice(at, at + n) for at, n in zip(corner, size, strict=True)))
-
-
-def _gaussian(size: Sequence[int], device: torch.device) -> Tensor:
-    """A Gaussian around the middle voxel of a window, 1 there."""
-    blend = torch.ones((), device=device)
-    for edge in size:
-        at = torch.arange(edge, device=device) - edge // 2
-        blend = blend[..., None] * torch.exp(-0.5 * (at / (SIGMA * edge)) ** 2)
-    return blend
-
-
-def _predict_slices(
-    network: nn.Module, config: TrainConfig, prepared: Prepared, image: Tensor
-) -> Tensor:
-    """Logits of every slice of the box, resized in its whole frame as in training."""
-    depth, size = image.shape[4], config.data.patch_size
-    frame = image.new_zeros(1, image.shape[1], *prepared.shape[:2], depth)
-    within = (..., prepared.box[0], prepared.box[1], slice(None))
-    frame[within] = image
-    small = _resized_brain(frame, (size[0], size[1], depth))
-    axes = (2, 3) if config.validation.mirror else ()
-    logits = [_seen(network, piece, axes) for piece in small.split(SLICES_AT_ONCE, dim=4)]
-    return _resized(torch.cat(logits, dim=4), frame.shape[2:])[within]
-
-
-def _resized_brain(frame: Tensor, size: Sequence[int]) -> Tensor:
-    """The frame resized as by `patch.cut_slice`: linear among brain voxels, the edge nearest."""
-    brain = (frame != 0).any(dim=1, keepdim=True).float()
-    weight = _resized(brain, size)
-    kept = (interpolate(brain, size=tuple(size), mode="nearest-exact") > 0) & (weight > 0)
-    return torch.where(kept, _resized(frame, size) / weight.clamp(min=1e-6), 0.0)
-
-
-def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
-    return interpolate(image, size=tuple(size), mode="trilinear", align_corners=False)
-
-
-def decoded(config: TrainConfig, logits: Tensor) -> Tensor:
-    """Labels uint8 (batch, i, j, k) of what the network of a run says.
+    Raises:
+        DataError: the case is prepared otherwise than the members' cases were.
 
     Example:
-        >>> from raybrats.recipes import crop128
-        >>> logits = torch.tensor([0.1, -1.0, 2.0, 0.3]).view(1, 4, 1, 1, 1)
-        >>> decoded(crop128(), logits).item()
-        2
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> from raybrats.recipes import tiny
+        >>> prepared = prepare(*make_phantom(0, shape=(24, 24, 20)))
+        >>> members = [Member(nn.Conv3d(4, 3, kernel_size=1), tiny()) for _ in range(2)]
+        >>> found = segment_prepared(members, prepared, probabilities=True)
+        >>> found.labels.shape, found.probabilities.shape, list(found.agreement)
+        ((24, 24, 20), (3, 24, 24, 20), ['WT', 'TC', 'ET'])
     """
-    if config.loss.target == "labels":
-        return logits.argmax(dim=1).to(torch.uint8)
-    return labels_of(logits > 0, config.labels)
+    device, config = _device(members[0].network), members[0].config
+    case = uploaded(prepared, device)
+    if len(members) == 1 and not probabilities:
+        labels = predict_case(members[0].network, config, case)
+        return Segmented(restore(labels[0].cpu().numpy(), prepared))
+    mean, said = _mean(members, case)
+    together = decision.decided_together(config, mean) if len(members) > 1 else said[0]
+    made = None
+    if probabilities:
+        made = _restored(decision.of_regions(config, mean).cpu().numpy(), prepared)
+    labels = restore(together[0].cpu().numpy(), prepared)
+    return Segmented(labels, made, _agreement(config, said))
 
 
-def labels_of(regions: Tensor, known: LabelSet = GLIOMA) -> Tensor:
-    """Labels uint8 (batch, i, j, k) of regions, painted one over the other.
+def _mean(members: Sequence[Member], case: Uploaded) -> tuple[Tensor, list[Tensor]]:
+    """The mean probabilities of the members' outputs, and the labels that each would give."""
+    mean, said = torch.zeros(()), []
+    for member in _on_device(members, case.image.device):
+        blend = _blend(member.network, member.config, case)
+        said.append(decision.decided(member.config, blend))
+        found = decision.probabilities(member.config, blend)
+        mean = mean.add_(found.to(mean.device)) if said[1:] else found
+        del blend, found
+    return mean.div_(len(said)), said
 
-    In glioma that is ED in WT, over it NCR in TC, over it ET.
+
+def _on_device(members: Sequence[Member], device: torch.device) -> Iterator[Member]:
+    """The members one after the other, each on the device; where not all fit, only for its turn."""
+    for member in members:
+        home = _device(member.network)
+        member.network.to(device)
+        yield member
+        member.network.to(home)
+
+
+def members_of(
+    configs: Sequence[TrainConfig], weights: Sequence[Mapping[str, Tensor]]
+) -> tuple[Member, ...]:
+    """Networks with their weights, on the GPU if there is one.
+
+    The first is there always, others as long as they take half of what is free at most; those that
+    are left are on the host, and go to the GPU one at a time.
+
+    Raises:
+        CheckpointError: weights are those of another network.
 
     Example:
-        >>> regions = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1]]) > 0  # WT, TC, ET
-        >>> labels_of(regions.view(1, 3, 3, 1, 1)).flatten()
-        tensor([1, 2, 3], dtype=torch.uint8)
+        >>> from raybrats.model.network import network_of, weights_of
+        >>> from raybrats.recipes import tiny
+        >>> (member,) = members_of([tiny()], [weights_of(network_of(tiny()))])
+        >>> member.network.training
+        False
     """
-    labels = torch.zeros_like(regions[:, 0], dtype=torch.uint8)
-    for place, region in enumerate(known.regions):
-        labels[regions[:, place]] = region.painted
-    return labels
+    made: list[Member] = []
+    for config, each in zip(configs, weights, strict=True):
+        size = sum(tensor.nbytes for tensor in each.values())
+        room = not made or not torch.cuda.is_available() or size < torch.cuda.mem_get_info()[0] / 2
+        made.append(Member(trained_network(config, each, "" if room else "cpu"), config))
+    return tuple(made)
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+def _agreement(config: TrainConfig, said: Sequence[Tensor]) -> dict[str, float] | None:
+    """Mean Dice of each region over the pairs of label maps; None of one."""
+    if len(said) == 1:
+        return None
+    known = config.labels
+    pairs = [region_dice(region_sizes(a, b, known)) for a, b in combinations(said, 2)]
+    means = np.mean(pairs, axis=0).tolist()
+    return dict(zip(known.region_names, means, strict=True))
+
+
+def _restored(probabilities: np.ndarray, prepared: Prepared) -> np.ndarray:
+    return np.stack([restore(region, prepared) for region in probabilities])
+
+
+def prepared_for(config: TrainConfig, image: np.ndarray) -> Prepared:
+    """A raw case (modality, i, j, k) in the orientation of BraTS, LPS, as a network takes it.
+
+    Raises:
+        DataError: the image is all background.
+
+    Example:
+        >>> from raybrats.phantom.phantom import make_phantom
+        >>> from raybrats.recipes import tiny
+        >>> prepared_for(tiny(), make_phantom(0, shape=(24, 24, 20))[0]).shape
+        (24, 24, 20)
+    """
+    return prepare(list(image), None, config.data.normalisation, config.data.percentiles)
 
 
 def segment(network: nn.Module, config: TrainConfig, image: np.ndarray) -> np.ndarray:
@@ -239,7 +246,4 @@ def segment(network: nn.Module, config: TrainConfig, image: np.ndarray) -> np.nd
         >>> segment(nn.Conv3d(4, 3, kernel_size=1), tiny(), image).shape
         (24, 24, 20)
     """
-    device = next(network.parameters()).device
-    prepared = prepare(list(image), None, config.data.normalisation, config.data.percentiles)
-    labels = predict_case(network, config, uploaded(prepared, device))
-    return restore(labels[0].cpu().numpy(), prepared)
+    return segment_prepared([Member(network, config)], prepared_for(config, image)).labels

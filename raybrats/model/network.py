@@ -15,6 +15,8 @@ _ACTIVATIONS = {
     "relu": ("relu", {"inplace": True}),
 }
 """As MONAI wants them said."""
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types that autocast computes in, by `optim.precision`; under fp32 there is no autocast."""
 
 
 def num_outputs(config: TrainConfig) -> int:
@@ -140,6 +142,19 @@ def heads(output: Tensor | list[Tensor], axes: int = 5) -> list[Tensor]:
     if isinstance(output, list):
         return output
     return list(torch.unbind(output, dim=1)) if output.ndim == axes + 1 else [output]
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """The context in which the network of a run computes, in training and in prediction.
+
+    Example:
+        >>> with autocast(TrainConfig(), torch.device("cpu")):
+        ...     torch.is_autocast_enabled("cpu")
+        False
+    """
+    precision = config.optim.precision
+    kind = PRECISIONS.get(precision, torch.bfloat16)
+    return torch.autocast(device.type, kind, precision in PRECISIONS)
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:

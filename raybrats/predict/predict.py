@@ -175,7 +175,7 @@ def segment_case(case: Case, model: load.Model, out_uri: str) -> None:
     values = case.written_values if case.labels == model.label_set else ours
     written = np.array([0, *values], np.uint8)
     uri = storage.join(out_uri, file_name(case))
-    storage.write_bytes(uri, encode_labels(written[model.predict(raw.image)], raw.grid))
+    storage.write_bytes(uri, encode_labels(written[model.segment(raw.image).labels], raw.grid))
 
 
 class _Worker:

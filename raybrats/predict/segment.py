@@ -156,7 +156,7 @@ class Segmenter:
         remarks = raw.remarks()
         for remark in remarks:
             _LOG.warning("%s: %s", raw.case_id, remark)
-        labels = from_canonical(self.model.predict(raw.image), raw.grid)
+        labels = from_canonical(self.model.segment(raw.image).labels, raw.grid)
         known = self.model.label_set
         return Segmentation(raw.case_id, labels, raw.grid, self.name, known, remarks)
 

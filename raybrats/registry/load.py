@@ -2,15 +2,11 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
-import numpy as np
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts, list_artifacts
 
@@ -19,14 +15,11 @@ from raybrats.config import TrainConfig, from_json
 from raybrats.errors import CheckpointError, MissingObjectError, UsageError
 from raybrats.label_set import LABEL_SETS, LabelSet
 from raybrats.registry import package
+from raybrats.registry.model import Model, Trained, model_of
 from raybrats.registry.server import check_reachable, tracking_errors
 from raybrats.registry.tracking import default_server
 from raybrats.train import manifest
 from raybrats.train.manifest import CONFIG, WEIGHTS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 _SCORE = "dice_"
 """How the tags of a version begin that are shown."""
@@ -34,33 +27,9 @@ _MOST_CONFIG, _MOST_HEADER = 2**16, 2**20
 """Bytes of a configuration, and of names and shapes in a file of weights: 4 KB and 40 KB."""
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model that segments cases."""
-
-    name: str
-    """`models:/name/version`, whichever way it was looked up, or the URI of a checkpoint."""
-    modalities: tuple[str, ...]
-    """Modalities that it takes, in the order of its input's first axis."""
-    predict: Callable[[np.ndarray], np.ndarray]
-    """Function from a raw case, float32 (modality, i, j, k), to its labels, uint8 (i, j, k)."""
-    label_set: LabelSet
-    """What it tells apart."""
-    takes_incomplete: bool
-    """Whether it was trained with modalities dropped, so that one may be missing."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A network that was trained, as it is stored."""
-
-    name: str
-    """`models:/name/version`, or the URI of a checkpoint."""
-    config: TrainConfig
-    weights: "Mapping[str, Tensor]"
-
-
-def load(uri: str, tracking_uri: str, network: str = "") -> Model:
+def load(
+    uri: str, tracking_uri: str, network: str = "", mirror: tuple[int, ...] | None = None
+) -> Model:
     """The model behind `models:/name@alias` or `models:/name/version`, a checkpoint or a run.
 
     Args:
@@ -68,6 +37,8 @@ def load(uri: str, tracking_uri: str, network: str = "") -> Model:
         tracking_uri: MLflow server.
         network: `my.module:function`, if that is the network of the checkpoint; what a checkpoint
             names is imported for no other reason.
+        mirror: axes along which windows are also seen mirrored; those of its run, which were those
+            of its validation, where not given.
 
     Raises:
         RaybratsError: as `read` does.
@@ -75,22 +46,36 @@ def load(uri: str, tracking_uri: str, network: str = "") -> Model:
 
     Example:
         >>> model = load("models:/raybrats@champion", "http://mlflow:5000")  # doctest: +SKIP
-        >>> labels = model.predict(np.stack([flair, t1, t1ce, t2]))  # doctest: +SKIP
+        >>> labels = model.segment(np.stack([flair, t1, t1ce, t2])).labels  # doctest: +SKIP
     """
-    # torch takes seconds, which a look-up of versions need not wait for
-    from raybrats.model.inference import segment
-    from raybrats.model.network import trained_network
+    return load_ensemble([uri], tracking_uri, network, mirror)
 
-    trained = read(uri, tracking_uri)
-    config, name = trained.config, trained.config.network.name
-    if ":" in name and name != network:
-        raise UsageError(
-            f"{trained.name}: its network is {name}, which is imported only if you say so: "
-            f"--network {name}, or network={name!r} in Python"
-        )
-    predict = partial(segment, trained_network(config, trained.weights), config)
-    incomplete = config.augment.drop_modality > 0
-    return Model(trained.name, config.data.modalities, predict, config.labels, incomplete)
+
+def load_ensemble(
+    uris: Sequence[str],
+    tracking_uri: str,
+    network: str = "",
+    mirror: tuple[int, ...] | None = None,
+) -> Model:
+    """The models behind some URIs as one, whose probabilities are their mean.
+
+    Thresholds and other rules are those of the first. Arguments are `load`'s.
+
+    Raises:
+        RaybratsError: as `load` does.
+        UsageError: there is none, one is there twice, or they differ in modalities, preparation,
+            labels or target.
+
+    Example:
+        >>> folds = [f"models:/raybrats/{number}" for number in (3, 4, 5)]
+        >>> load_ensemble(folds, "http://mlflow:5000").name  # doctest: +SKIP
+        'models:/raybrats/3,models:/raybrats/4,models:/raybrats/5'
+    """
+    trained = [read(uri, tracking_uri) for uri in uris]
+    names = [one.name for one in trained]
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"an ensemble of {', '.join(names) or 'none'}; expected different models")
+    return model_of(trained, network, mirror)
 
 
 def read(uri: str, tracking_uri: str) -> Trained:

@@ -48,6 +48,7 @@ def register(
     files: Mapping[str, bytes],
     scores: Mapping[str, float],
     held_out: str,
+    gain: Mapping[str, float] | None = None,
 ) -> Version:
     """Registers weights as a new version: champion if it beats the present one, else challenger.
 
@@ -61,6 +62,8 @@ def register(
         files: files of its checkpoint, of which the weights are used.
         scores: Dice of each region, and their mean under `mean`; none if it was not scored.
         held_out: digest of the cases that were scored.
+        gain: what the rules of its prediction section gained in Dice, cross-validated, by region
+            and `mean`, where they were fitted; the version's tags `prediction_gain_WT` and so on.
 
     Raises:
         RegistrationError: the registry does not take it, or its network is of others and of no
@@ -84,6 +87,7 @@ def register(
             # in full: the next one is compared with it, and a tie does not take over
             tags = {f"dice_{region}": repr(float(value)) for region, value in scores.items()}
             tags |= {"held_out": held_out, "recipe": config.recipe}
+            tags |= {f"prediction_gain_{name}": repr(float(v)) for name, v in (gain or {}).items()}
             tags |= {TAG: package} if package else {}
             for key, value in tags.items():
                 client.set_model_version_tag(name, number, key, value)

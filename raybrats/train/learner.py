@@ -14,12 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from raybrats.config import TrainConfig
 from raybrats.errors import CheckpointError
 from raybrats.model.loss import loss_of
-from raybrats.model.network import load_weights, network_of, weights_of
+from raybrats.model.network import autocast, load_weights, network_of, weights_of
 from raybrats.train.optimizer import new_optimizer, optimizer_mismatches, with_own_kernels
 from raybrats.train.verdict import Verdict, read
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types that autocast computes in, by `optim.precision`; under fp32 there is no autocast."""
 _PROGRESS = {
     "step": "step",
     "best": "best",
@@ -83,9 +81,7 @@ class Learner:
 
     def autocast(self) -> torch.autocast:
         """The context in which forward pass and loss are computed in the run's precision."""
-        precision = self.config.optim.precision
-        kind = PRECISIONS.get(precision, torch.bfloat16)
-        return torch.autocast(self.device.type, kind, precision in PRECISIONS)
+        return autocast(self.config, self.device)
 
     def exchange(self, *, on: bool) -> AbstractContextManager[None]:
         """The context of a forward and a backward pass in which ranks exchange gradients or not."""

@@ -102,8 +102,7 @@ def validate(learner: Learner, cases: Iterable[Uploaded]) -> list[list[float]]:
     network.eval()
     for case in cases:
         assert case.labels is not None, "validation cases have labels"
-        with learner.autocast():
-            found = predict_case(network, learner.config, case)[0]
+        found = predict_case(network, learner.config, case)[0]
         sizes.append(region_sizes(found, case.labels, learner.config.labels))
         scores += map(region_dice, sizes[-2:-1])
     return scores + [region_dice(last) for last in sizes[-1:]]

@@ -80,6 +80,8 @@ def read_fold(checkpoint_uri: str, plans_uri: str, dataset_uri: str) -> Fold:
         config = _config(plan, order, dataset, target)
         config = replace(config, data=replace(config.data, labels=as_text(labels)))
         weights = _weights(state["network_weights"], order, outputs)
+        mirrored = state.get("inference_allowed_mirroring_axes") or ()
+        axes = tuple(sorted(order[axis] for axis in mirrored))
     except UsageError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -87,13 +89,7 @@ def read_fold(checkpoint_uri: str, plans_uri: str, dataset_uri: str) -> Fold:
         raise DataError(
             f"{where}: not those of one fold of nnU-Net ({error!r} is missing)"
         ) from error
-    mirrored = state.get("inference_allowed_mirroring_axes") or ()
-    if len(mirrored) not in (0, 3):
-        raise UsageError(
-            f"{checkpoint_uri}: mirrored along {mirrored}; here it is all axes or none"
-        )
-    validation = replace(config.validation, mirror=bool(mirrored))
-    return Fold(replace(config, validation=validation), weights)
+    return Fold(replace(config, prediction=replace(config.prediction, mirror=axes)), weights)
 
 
 def _state(uri: str) -> Mapping[str, Any]:

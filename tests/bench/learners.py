@@ -122,7 +122,8 @@ def validated(trainer: "nnunet_train.Trainer", task: Task, made: nnunet.Dataset)
 
     scores = []
     for case in task.held_out:
-        labels = nnunet_train.segmented(trainer, case.case_id, mirror=task.config.validation.mirror)
+        mirror = bool(task.config.prediction.mirror)
+        labels = nnunet_train.segmented(trainer, case.case_id, mirror=mirror)
         pair = labels, nnunet_train.reference(made, case.case_id)
         sizes = region_sizes(*(torch.from_numpy(np.array(each)) for each in pair))
         scores.append(region_dice(sizes))

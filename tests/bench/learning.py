@@ -75,7 +75,7 @@ def task_of(options: argparse.Namespace, cases: list[Case], folder: Path) -> Tas
         "optim.steps": options.steps,
         "optim.global_batch": options.batch,
         "validation.every_steps": options.every,
-        "validation.mirror": options.mirror and not options.still,
+        "prediction.mirror": [0, 1, 2] if options.mirror and not options.still else [],
         "run.save_every_steps": NEVER,
         "cluster.device": "cpu" if options.device == "cpu" else "gpu",
     }

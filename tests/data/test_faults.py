@@ -324,12 +324,18 @@ def test_d4_a_missing_modality_is_an_error_unless_the_recipe_drops_modalities(tr
 
 
 def test_d4_only_a_model_trained_with_modalities_dropped_takes_an_incomplete_case(tree: Path):
+    from torch import nn
+
+    from raybrats.model.inference import Member
     from raybrats.predict.predict import segment_case
     from raybrats.registry.load import Model
 
     part(tree, "t1ce").unlink()
     case = find_cases(str(tree))[0]
-    model = Model("models:/m/1", MODALITIES, lambda image: (image[0] > 0) * 3, GLIOMA, False)
+    everywhere = nn.Conv3d(4, 3, kernel_size=1)
+    nn.init.zeros_(everywhere.weight)
+    nn.init.ones_(everywhere.bias)
+    model = Model("models:/m/1", MODALITIES, GLIOMA, False, (Member(everywhere, TrainConfig()),))
     with pytest.raises(DataError, match=rf"^{CASE}: no t1ce file; complete it, or use a model"):
         segment_case(case, model, str(tree / "out"))
     segment_case(case, replace(model, takes_incomplete=True), str(tree / "out"))

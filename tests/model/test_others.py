@@ -9,10 +9,10 @@ from ranks import CASES, CONFIG, CPU, batches
 
 from raybrats.config import LossConfig, NetworkConfig, TrainConfig, override_all
 from raybrats.errors import UsageError
-from raybrats.model.inference import predict_logits
 from raybrats.model.loss import loss_of
 from raybrats.model.network import build, heads, load_weights, weights_of
 from raybrats.model.rehearsal import rehearse
+from raybrats.model.windows import blend_windows
 from raybrats.train.learner import new_learner
 from raybrats.train.step import train_step
 
@@ -40,7 +40,8 @@ def test_a_network_of_others_is_built_as_ours_are(dims, coarser):
     image = torch.randn(2, 2, 16, 16, 4)
     found = heads(network.train()(image))
     assert [head.shape[:3] for head in found] == [(2, 5, 16), (2, 5, 8)][: 1 + coarser]
-    validated = predict_logits(network.eval(), image, (16, 16, 4), 0.0)
+    whole = override_all(run(), {"data.sampling": "volume", "network.widths": [4, 8]})
+    validated = blend_windows(network.eval(), image, whole).total
     assert validated.shape == (2, 5, 16, 16, 4)
     torch.testing.assert_close(heads(network(image))[0], found[0])
 

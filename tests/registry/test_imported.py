@@ -61,6 +61,6 @@ def test_a_fold_is_registered_and_segments(tmp_path, monkeypatch, capfd):
     assert run.info.status == "FINISHED"
     assert run.data.tags["raybrats.source"] == "nnU-Net: final.pth"
     image = make_phantom(0, shape=(28, 24, 20))[0][[2, 0]].astype(np.float32)
-    labels = load.load("models:/taken/1", uri).predict(image)
+    labels = load.load("models:/taken/1", uri).segment(image).labels
     assert labels.shape == (28, 24, 20)
     assert len(np.unique(labels)) > 1

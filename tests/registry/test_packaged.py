@@ -20,16 +20,27 @@ from raybrats.config import (
     TrackingConfig,
     TrainConfig,
     override_all,
+    to_json,
 )
+from raybrats.data.prepare import prepare
 from raybrats.errors import CheckpointError, RegistrationError, UsageError
-from raybrats.model.inference import segment
-from raybrats.model.network import network_of, weights_of
+from raybrats.model.inference import (
+    Member,
+    predict_case,
+    segment,
+    segment_prepared,
+    uploaded,
+)
+from raybrats.model.metrics import region_dice, region_sizes
+from raybrats.model.network import load_weights, network_of, weights_of
+from raybrats.phantom.phantom import make_phantom
 from raybrats.registry import load, tracking
 from raybrats.registry.register import register
 from raybrats.runs.beginning import check_code
 from raybrats.runs.run import train
-from raybrats.train import checkpoint
+from raybrats.train import checkpoint, loop
 from raybrats.train.checkpoint import Snapshot
+from raybrats.train.learner import new_learner
 
 SPY = "import pathlib\npathlib.Path({!r}).touch()\nfrom own_code import *\n"
 
@@ -87,8 +98,8 @@ def config(request, tmp_path, site, database):
     )
 
 
-def weights(config):
-    torch.manual_seed(0)
+def weights(config, seed=0):
+    torch.manual_seed(seed)
     return weights_of(network_of(config).eval())
 
 
@@ -96,10 +107,10 @@ def uri_of(version):
     return f"models:/{version.name}/{version.version}"
 
 
-def registered(config):
+def registered(config, seed=0, gain=None):
     scores = dict.fromkeys(("WT", "TC", "ET", "mean"), 0.5)
-    files = {checkpoint.WEIGHTS: save(weights(config))}
-    return register(tracking.start(config), config, files, scores, "cases-1")
+    files = {checkpoint.WEIGHTS: save(weights(config, seed))}
+    return register(tracking.start(config), config, files, scores, "cases-1", gain)
 
 
 def folder_of(version, config):
@@ -124,7 +135,7 @@ def test_a_model_of_a_package_asks_for_it_and_predicts(config, site):
     torch.manual_seed(0)
     expected = segment(network_of(config).eval(), config, image())
     assert len(np.unique(expected)) > 1
-    assert np.array_equal(model.predict(image()), expected)
+    assert np.array_equal(model.segment(image()).labels, expected)
     shutil.rmtree(site / "yours-7.1.dist-info")
     assert load.read(uri, config.tracking.uri).config == config
 
@@ -212,4 +223,131 @@ def test_a_module_that_a_checkpoint_names_is_imported_only_if_the_user_says_so(c
     assert spy.exists()
     torch.manual_seed(0)
     expected = segment(network_of(own).eval(), own, image())
-    assert np.array_equal(model.predict(image()), expected)
+    assert np.array_equal(model.segment(image()).labels, expected)
+
+
+REGIONS = {"network.name": "plain", "loss.name": "sum", "loss.target": "regions"}
+RULES = {
+    "prediction.overlap": 0.75,
+    "prediction.mirror": [0, 2],
+    "prediction.smallest_voxels": [0, 0, 100_000],
+}
+
+
+def head():
+    """A raw case of the two modalities, and its labels."""
+    found, labels = make_phantom(4, shape=(32, 28, 24))
+    return found[[2, 0]].astype(np.float32), labels
+
+
+def middling(config):
+    """Thresholds that half of the box's voxels exceed, so that untrained weights say something."""
+    network = network_of(config).eval()
+    load_weights(network, weights(config))
+    case = prepare(list(head()[0]))
+    p = segment_prepared([Member(network, config)], case, probabilities=True).probabilities
+    return [float(np.median(region[region > 0])) for region in p]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, RULES, {"optim.precision": "bf16"}, {**RULES, "loss.target": "labels"}],
+    ids=["plain", "rules", "bf16", "softmax"],
+)
+def test_a_registered_model_gives_the_very_labels_that_were_validated(config, changes):
+    config = override_all(config, REGIONS | changes)
+    if changes == RULES:
+        config = override_all(config, {"prediction.threshold": middling(config)})
+    raw, labels = head()
+    learner = new_learner(config, torch.device("cpu"))
+    load_weights(learner.validated, weights(config))
+    (validated,) = loop.validate(learner, [uploaded(prepare(list(raw), labels), learner.device)])
+
+    uri, shipped = packaged(config, raw)
+    loaded = load.load(uri, config.tracking.uri)
+    np.testing.assert_array_equal(loaded.segment(raw).labels, shipped)
+    case = uploaded(prepare(list(raw), labels), learner.device)
+    seen = predict_case(learner.validated, config, case)[0].numpy()
+    np.testing.assert_array_equal(shipped[case.prepared.box], seen)
+    assert region_dice(region_sizes(torch.from_numpy(seen), case.labels)) == validated
+    if changes == RULES:
+        assert set(np.unique(seen)) == {0, 1, 2}
+        for name in (*RULES, "prediction.threshold"):
+            bare = override_all(config, {name: [] if name != "prediction.overlap" else 0.5})
+            assert not np.array_equal(segment(learner.validated, bare, raw), shipped), name
+        unmirrored = load.load(uri, config.tracking.uri, mirror=())
+        assert not np.array_equal(unmirrored.segment(raw).labels, shipped)
+
+
+def packaged(config, raw):
+    """The URI of a new version, and what its code says of a raw case, as MLflow runs it."""
+    from raybrats.registry.pyfunc_model import Segmenter
+
+    version, model = registered(config), Segmenter()
+    place = folder_of(version, config) / "artifacts"
+    files = {"config": checkpoint.CONFIG, "weights": checkpoint.WEIGHTS}
+    artifacts = {name: str(place / file) for name, file in files.items()}
+    model.load_context(PythonModelContext(artifacts, {}))
+    return uri_of(version), model.predict(raw)
+
+
+def test_a_version_says_what_its_rules_gained(config):
+    fitted = override_all(config, REGIONS | {"prediction.smallest_voxels": [250, 150, 100]})
+    version = registered(fitted, gain={"WT": 0.01, "mean": 0.004})
+    client = MlflowClient(config.tracking.uri)
+    tags = client.get_model_version(version.name, version.version).tags
+    gains = {name: value for name, value in tags.items() if name.startswith("prediction_gain")}
+    assert gains == {"prediction_gain_WT": "0.01", "prediction_gain_mean": "0.004"}
+    model = load.load(uri_of(version), config.tracking.uri)
+    assert model.config.prediction.smallest_voxels == (250, 150, 100)
+
+
+def test_versions_together_are_one_model_of_their_mean(config):
+    config = override_all(config, REGIONS)
+    uris = [uri_of(registered(config, seed)) for seed in (0, 1)]
+    models = [load.load(uri, config.tracking.uri) for uri in uris]
+    alone = [model.segment(image(), probabilities=True) for model in models]
+    together = load.load_ensemble(uris, config.tracking.uri)
+    assert together.name == ",".join(model.name for model in models)
+    found = together.segment(image(), probabilities=True)
+    mean = np.mean([each.probabilities.astype(np.float32) for each in alone], axis=0)
+    np.testing.assert_allclose(found.probabilities, mean, atol=1e-3)
+    assert found.agreement.keys() == {"WT", "TC", "ET"}
+    prepared = together.prepared(image())
+    np.testing.assert_array_equal(together.segment_prepared(prepared).labels, found.labels)
+
+
+def test_what_cannot_be_averaged_is_refused(config, tmp_path):
+    config = override_all(config, REGIONS)
+
+    def written(name, **changes):
+        other = override_all(config, {k.replace("__", "."): v for k, v in changes.items()})
+        where = str(tmp_path / name)
+        return checkpoint.write(where, other, Snapshot(4, weights(other), {}))
+
+    first = written("first")
+    for name, changes, said in (
+        ("b", {"data__modalities": ["flair", "t1ce"]}, r"has data\.modalities \('flair', 't1ce'\)"),
+        ("c", {"data__normalisation": "minmax"}, r"has data\.normalisation minmax"),
+        ("d", {"data__labels": "treated"}, r"tells apart \('NETC'"),
+        ("e", {"loss__target": "labels"}, r"has loss\.target labels"),
+    ):
+        with pytest.raises(UsageError, match=said) as refusal:
+            load.load_ensemble([first, written(name, **changes)], "")
+        assert "\n" not in str(refusal.value)
+    for uris in ([], [first, first]):
+        with pytest.raises(UsageError, match="expected different models"):
+            load.load_ensemble(uris, "")
+
+
+def test_a_model_of_before_the_prediction_section_is_loaded(config):
+    config = override_all(config, REGIONS)
+    version = registered(config)
+    place = folder_of(version, config) / "artifacts" / checkpoint.CONFIG
+    old = json.loads(to_json(config))
+    del old["prediction"]
+    old["validation"] |= {"overlap": 0.25, "mirror": True}
+    place.write_text(json.dumps(old))
+    model = load.load(uri_of(version), config.tracking.uri)
+    expected = override_all(config, {"prediction.overlap": 0.25, "prediction.mirror": [0, 1, 2]})
+    assert model.config == expected

@@ -118,7 +118,7 @@ import sys, numpy as np
 from raybrats.registry import load, register
 model = load.load(sys.argv[1], sys.argv[2])
 image = np.load(sys.argv[3])
-np.save(sys.argv[4], model.predict(image))
+np.save(sys.argv[4], model.segment(image).labels)
 print(model.name, *model.modalities)
 """
 

@@ -162,7 +162,7 @@ def test_a_run_goes_on_more_than_once_and_from_any_checkpoint(tmp_path):
         ({"optim.weight_decay": 0.0}, r"another optim\.weight_decay; only optim\.steps, optim\.lr"),
         ({"optim.global_batch": 4}, r"another optim\.global_batch"),
         ({"network.widths": [4, 8, 8, 8]}, r"another network\.widths"),
-        ({"validation.overlap": 0.1}, r"another validation\.overlap"),
+        ({"prediction.overlap": 0.1}, r"another prediction\.overlap"),
         ({"data.cohort": "s3://elsewhere"}, r"another data\.cohort"),
     ],
 )

@@ -142,7 +142,7 @@ def test_the_network_computes_what_nnunets_does(fold, kind, labels, transpose):
     assert found.config.data.modalities == ("t1", "t1ce", "t2", "flair")
     patch = dict(zip((2 - axis for axis in transpose), (32, 24, 16), strict=True))
     assert found.config.data.patch_size == tuple(patch[axis] for axis in range(3))
-    assert found.config.validation.mirror
+    assert found.config.prediction.mirror == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
