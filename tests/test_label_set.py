@@ -18,8 +18,8 @@ from raybrats.errors import DataError, UsageError
 from raybrats.label_set import GLIOMA, LABEL_SETS, LabelSet, Region, as_text, label_set_of
 from raybrats.model.decision import decoded, labels_of
 from raybrats.model.loss import SegmentationLoss, label_masks, region_masks
-from raybrats.model.metrics import region_dice, region_sizes
 from raybrats.model.network import num_outputs
+from raybrats.model.regions import region_dice, region_sizes
 from raybrats.phantom.phantom import write_phantoms
 
 NAMES = st.text("abcXYZ 019_.-", min_size=1, max_size=8).filter(lambda name: name != "mean")

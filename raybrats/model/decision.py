@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import cc3d
 import numpy as np
 import torch
 from torch import Tensor
@@ -129,6 +128,8 @@ def drop_components(labels: np.ndarray, region: Region, least: int, known: Label
     """
     mask = np.isin(labels, region.labels)
     if least > 1 and mask.any():
+        import cc3d  # not where a network is trained
+
         kept = cc3d.dust(mask, threshold=least, connectivity=26)
         labels[mask & ~kept] = outer(region, known)
 

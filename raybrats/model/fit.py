@@ -10,7 +10,7 @@ import torch
 from raybrats.config import PredictionConfig, TrainConfig
 from raybrats.errors import UsageError
 from raybrats.model import decision
-from raybrats.model.metrics import region_dice, region_sizes
+from raybrats.model.regions import region_dice, region_sizes
 
 CANDIDATES: Mapping[str, tuple[float, ...]] = {
     "threshold": (0.5, *(n / 20 for n in range(1, 20) if n != 10)),

@@ -12,8 +12,8 @@ from raybrats.config import TrainConfig
 from raybrats.data.batch import normalise
 from raybrats.data.prepare import Prepared, prepare, restore
 from raybrats.model import decision
-from raybrats.model.metrics import region_dice, region_sizes
 from raybrats.model.network import trained_network
+from raybrats.model.regions import region_dice, region_sizes
 from raybrats.model.windows import Blend, blend_slices, blend_windows
 
 WINDOWS_AT_ONCE = {"cuda": 2}

@@ -1,81 +1,99 @@
-"""Scores of one case, region by region, and the BraTS rules for empty regions."""
+"""Scores of one case, region by region, by the rules of a year."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from raybrats.brats import Rules
 from raybrats.data.prepare import bounding_box
-from raybrats.label_set import GLIOMA, LabelSet, Region
+from raybrats.label_set import GLIOMA, TREATED, LabelSet, Region
+from raybrats.model.distances import (
+    Spacing,
+    corner_surfaces,
+    pooled_hd95,
+    surface_dice,
+    voxel_surfaces,
+    weighted_hd95,
+)
+from raybrats.model.lesions import (
+    HD95_MISSED_MM,
+    MERGING,
+    LesionScore,
+    Merging,
+    lesions_2023,
+    lesions_2026,
+)
+from raybrats.model.regions import region_mask
 
-HD95_ONE_EMPTY_MM = 373.12866
-"""HD95 where one side is empty: sqrt(240^2 + 240^2 + 155^2) (BraTS 2017-2021)."""
+HD95_ONE_EMPTY_MM = {"brats2020": 373.12866, **HD95_MISSED_MM}
+"""HD95 where one side is empty. 2017 to 2021: sqrt(240^2 + 240^2 + 155^2) (nnU-Net's Task082)."""
+NSD_TOLERANCE_MM = 0.5
+"""Tolerance of the NSD of a whole region (BraTS-evaluation)."""
+_PARTS = {"NETC": 1, "SNFH": 2, "RC": 4}
+"""Labels that BraTS 2026 scores alone, as it calls them: those of glioma, before surgery too."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Voxel-wise scores of one region of one case."""
+    """Scores of one region of one case; None where the rules leave one undefined."""
 
     region: str
     """Its name."""
-    dice: float
+    dice: float | None
     """Also called F1: over voxels the two are one."""
-    iou: float
-    hd95_mm: float
-    """Larger of the two directed 95th percentiles of surface distances."""
-    sensitivity: float
-    specificity: float
+    iou: float | None
+    hd95_mm: float | None
+    """By surface areas, the larger of both directions; `brats2026`: both directions pooled."""
+    nsd: float | None
+    """Within 0.5 mm; `brats2026` only."""
+    sensitivity: float | None
+    specificity: float | None
+    volume_mm3: float
+    reference_volume_mm3: float
+    lesion_dice: float | None = None
+    """This and what follows is of lesions: from `brats2023` on."""
+    lesion_hd95_mm: float | None = None
+    lesion_nsd: float | None = None
+    tp: int | None = None
+    fp: int | None = None
+    fn: int | None = None
+    lesion_f1: float | None = None
 
 
-def region_mask(labels: np.ndarray, region: Region) -> np.ndarray:
-    """The voxels of a region, bool, in the shape of the labels.
-
-    Example:
-        >>> region_mask(np.array([0, 1, 2, 3]), GLIOMA.regions[1])
-        array([False,  True, False,  True])
-    """
-    return np.isin(labels, region.labels)
-
-
-def region_sizes(prediction: Tensor, reference: Tensor, known: LabelSet = GLIOMA) -> Tensor:
-    """Voxels of each region in both, in the prediction and in the reference, int64 (region, 3).
-
-    They are counted where the labels are, and nothing waits for them.
-
-    Example:
-        >>> region_sizes(torch.tensor([1, 1, 2, 0]), torch.tensor([1, 3, 2, 0]))
-        tensor([[3, 3, 3],
-                [2, 2, 2],
-                [0, 0, 1]])
-    """
-
-    def mask(labels: Tensor, region: Region) -> Tensor:
-        return torch.stack([labels == label for label in region.labels]).any(dim=0)
-
-    pairs = [(mask(prediction, region), mask(reference, region)) for region in known.regions]
-    return torch.stack([torch.stack([(p & r).sum(), p.sum(), r.sum()]) for p, r in pairs])
-
-
-def region_dice(sizes: Tensor) -> list[float]:
-    """Dice of each region by its sizes, 1 where both are empty.
+def regions_of(known: LabelSet, rules: Rules) -> tuple[Region, ...]:
+    """The regions that are scored: those of the set, and for 2026 what glioma's labels are alone.
 
     Example:
-        >>> region_dice(torch.tensor([[3, 3, 3], [1, 2, 1], [0, 0, 0]]))
-        [1.0, 0.6666666666666666, 1.0]
+        >>> [region.name for region in regions_of(GLIOMA, "brats2026")]
+        ['WT', 'TC', 'ET', 'NETC', 'SNFH']
     """
-    return [_ratio(2 * both, found + due) for both, found, due in sizes.tolist()]
+    if rules != "brats2026" or known not in (GLIOMA, TREATED):
+        return known.regions
+    labels = range(1, len(known.names) + 1)
+    parts = [Region(n, (v,), v) for n, v in _PARTS.items() if v in labels]
+    return (*known.regions, *(p for p in parts if p.name not in known.region_names))
 
 
 def score_case(
     prediction: np.ndarray,
     reference: np.ndarray,
-    spacing_mm: tuple[float, float, float],
+    spacing_mm: Spacing,
     known: LabelSet = GLIOMA,
+    rules: Rules = "brats2020",
+    edition: str = "",
 ) -> list[Score]:
     """Scores of each region of labels (i, j, k) against reference labels of the same shape.
 
-    Both empty: Dice 1, HD95 0, sensitivity 1; one empty: Dice 0, HD95 373.13 mm (BraTS).
+    Both empty: Dice 1 and HD95 0, in 2026 undefined. One empty: Dice 0 and HD95 373.13, 374 or
+    373 mm (`HD95_ONE_EMPTY_MM`).
+
+    Args:
+        prediction: labels 0, 1, 2, ... of the set.
+        reference: the same.
+        spacing_mm: edges of a voxel.
+        known: the set.
+        rules: those of a year.
+        edition: whose settings the lesions of 2023 have; glioma's where it has none of its own.
 
     Example:
         >>> labels = np.zeros((8, 8, 8), np.uint8)
@@ -86,47 +104,61 @@ def score_case(
         TC 0.75 1.0
         ET 0.75 1.0
     """
+    voxels, voxel_mm3 = prediction.size, float(np.prod(spacing_mm))
+    if prediction.any() or reference.any():
+        box = bounding_box((prediction > 0) | (reference > 0))
+        prediction, reference = prediction[box], reference[box]
     scores = []
-    for region in known.regions:
+    for region in regions_of(known, rules):
         p, r = region_mask(prediction, region), region_mask(reference, region)
-        tp, fp, fn = int((p & r).sum()), int((p & ~r).sum()), int((~p & r).sum())
-        tn = p.size - tp - fp - fn
+        both, found, due = int((p & r).sum()), int(p.sum()), int(r.sum())
+        empty = None if rules == "brats2026" else 1.0
+        hd95_mm, nsd = _of_surfaces(p, r, spacing_mm, rules)
+        lesions = _of_lesions(p, r, spacing_mm, rules, MERGING.get(edition, Merging()))
         scores.append(
             Score(
                 region=region.name,
-                dice=_ratio(2 * tp, 2 * tp + fp + fn),
-                iou=_ratio(tp, tp + fp + fn),
-                hd95_mm=hd95(p, r, spacing_mm),
-                sensitivity=_ratio(tp, tp + fn),
-                specificity=_ratio(tn, tn + fp),
+                dice=_ratio(2 * both, found + due, empty),
+                iou=_ratio(both, found + due - both, empty),
+                hd95_mm=hd95_mm,
+                nsd=nsd,
+                sensitivity=_ratio(both, due, empty),
+                specificity=_ratio(voxels - found - due + both, voxels - due, empty),
+                volume_mm3=found * voxel_mm3,
+                reference_volume_mm3=due * voxel_mm3,
+                **asdict(lesions),
             )
         )
     return scores
 
 
-def hd95(
-    prediction: np.ndarray, reference: np.ndarray, spacing_mm: tuple[float, float, float]
-) -> float:
-    """95th percentile Hausdorff distance of two masks in mm, as MONAI defines it.
-
-    Example:
-        >>> mask = np.zeros((8, 8, 8), bool)
-        >>> mask[2, 2, 2] = True
-        >>> hd95(mask, np.roll(mask, 3, axis=2), spacing_mm=(1.0, 1.0, 2.0))
-        6.0
-    """
-    if not prediction.any() or not reference.any():
-        return 0.0 if prediction.any() == reference.any() else HD95_ONE_EMPTY_MM
-    from monai.metrics import compute_hausdorff_distance  # seconds, which no validation waits for
-
-    box = bounding_box(prediction | reference)
-    pair = [torch.from_numpy(mask[box].copy())[None, None] for mask in (prediction, reference)]
-    distance = compute_hausdorff_distance(
-        *pair, include_background=True, percentile=95, spacing=spacing_mm
-    )
-    return float(distance)
+def _of_surfaces(
+    p: np.ndarray, r: np.ndarray, spacing_mm: Spacing, rules: Rules
+) -> tuple[float | None, float | None]:
+    """HD95 in mm and NSD of two masks."""
+    pooled = rules == "brats2026"
+    if not p.any() or not r.any():
+        if p.any() or r.any():
+            return HD95_ONE_EMPTY_MM[rules], 0.0 if pooled else None
+        return (None, None) if pooled else (0.0, None)
+    box = bounding_box(p | r)
+    if not pooled:
+        return weighted_hd95(corner_surfaces(p[box], r[box], spacing_mm)), None
+    surfaces = voxel_surfaces(p[box], r[box], spacing_mm)
+    return pooled_hd95(surfaces), surface_dice(surfaces, NSD_TOLERANCE_MM)
 
 
-def _ratio(part: int, whole: int) -> float:
-    """The part over the whole, or 1 where there is nothing to find."""
-    return part / whole if whole else 1.0
+def _of_lesions(
+    p: np.ndarray, r: np.ndarray, spacing_mm: Spacing, rules: Rules, merging: Merging
+) -> LesionScore:
+    if rules == "brats2020":
+        return LesionScore()
+    if rules == "brats2026":
+        return lesions_2026(p, r, spacing_mm)
+    around = [(merging.dilations + 1,) * 2] * 3  # room to be dilated in
+    return lesions_2023(np.pad(p, around), np.pad(r, around), spacing_mm, merging)
+
+
+def _ratio(part: int, whole: int, empty: float | None) -> float | None:
+    """The part over the whole, or what stands where there is nothing to find."""
+    return part / whole if whole else empty

@@ -10,7 +10,7 @@ from raybrats.data.cohort import index
 from raybrats.data.nifti.labels import labels_from
 from raybrats.data.nifti.volume import canonical_spacing, decode, on_one_grid
 from raybrats.label_set import label_set_of
-from raybrats.predict.label_file import label_files
+from raybrats.predict.label_file import case_edition, label_files
 from raybrats.predict.label_score import Confusion, confusion_of, label_scores
 from raybrats.predict.pairs import (
     Pair,
@@ -263,7 +263,8 @@ def score_pair(pair: Pair, rules: Rules) -> CaseScores:
         for volume, file, name in zip(volumes, pair, names, strict=True)
     )
     spacing_mm = canonical_spacing(volumes[0].grid)
-    scores = score_case(prediction, reference, spacing_mm, known, rules)
+    edition = case_edition(pair[1])
+    scores = score_case(prediction, reference, spacing_mm, known, rules, edition)
     rows = tuple({"case_id": case_id, **asdict(score)} for score in scores)
     return CaseScores(rows, confusion_of(case_id, prediction, reference, known.names))
 

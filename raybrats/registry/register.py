@@ -27,8 +27,12 @@ from raybrats.registry.tracking import Run, default_server
 from raybrats.train import checkpoint
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-_REQUIREMENTS = ("torch", "monai", "numpy", "numba", "safetensors", "pydantic")
-"""Packages that the registered model's code imports."""
+_REQUIREMENTS = {
+    **{name: name for name in ("torch", "monai", "numpy", "numba", "safetensors")},
+    "pydantic": "pydantic",
+    "cc3d": "connected-components-3d",
+}
+"""Modules that the registered model's code imports, and the packages that they are of."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,9 @@ def _upload(
 
 def _requirements() -> Iterator[str]:
     """Those of raybrats' own code, as they are installed here."""
-    for package in filter(importlib.util.find_spec, _REQUIREMENTS):
+    for package in (
+        _REQUIREMENTS[name] for name in _REQUIREMENTS if importlib.util.find_spec(name)
+    ):
         # the local part, as of 2.13.0+cpu, names a build that an index may not have
         yield f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
 

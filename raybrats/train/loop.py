@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raybrats.data.batch import Batch
 from raybrats.model.inference import Uploaded, predict_case
-from raybrats.model.metrics import region_dice, region_sizes
+from raybrats.model.regions import region_dice, region_sizes
 from raybrats.train.learner import Learner
 from raybrats.train.optimizer import learning_rate
 from raybrats.train.pace import Marks, Watch

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raybrats.data.prepare import Prepared, Scaling
 from raybrats.model.inference import predict_case, uploaded
-from raybrats.model.metrics import region_dice, region_sizes
+from raybrats.model.regions import region_dice, region_sizes
 from raybrats.model.unet import LEAK, _ConvNorm
 from raybrats.train import loop
 from raybrats.train import step as training_step

@@ -20,7 +20,7 @@ from raybrats.data.patch import PatchRule, draw_patch, to_row
 from raybrats.data.plan import Plan
 from raybrats.label_set import GLIOMA
 from raybrats.model.inference import uploaded
-from raybrats.model.metrics import region_dice, region_sizes
+from raybrats.model.regions import region_dice, region_sizes
 from raybrats.train import loop
 from raybrats.train.learner import new_learner
 

@@ -22,7 +22,7 @@ from raybrats.model.decision import (
     probabilities,
 )
 from raybrats.model.fit import OutOfFold, fit_decision
-from raybrats.model.metrics import region_dice, region_sizes
+from raybrats.model.regions import region_dice, region_sizes
 from raybrats.model.windows import Blend
 
 RUN = TrainConfig()

@@ -5,25 +5,18 @@ import numpy as np
 import pytest
 import torch
 from faulty import SOAK
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from raybrats.data.nifti.labels import labels_from
 from raybrats.data.nifti.volume import decode
 from raybrats.label_set import GLIOMA, LABEL_SETS
-from raybrats.model.metrics import (
-    HD95_ONE_EMPTY_MM,
-    hd95,
-    region_dice,
-    region_mask,
-    region_sizes,
-    score_case,
-)
+from raybrats.model.metrics import HD95_ONE_EMPTY_MM, score_case
+from raybrats.model.regions import region_dice, region_mask, region_sizes
 
 LABELS = hnp.arrays(np.uint8, (4, 3, 3), elements=st.integers(0, 3))
 SETS = st.sampled_from([*LABEL_SETS.values()])
-MASKS = hnp.arrays(np.bool_, (5, 4, 3))
 ONE_MM = (1.0, 1.0, 1.0)
 
 
@@ -84,58 +77,38 @@ def test_one_empty():
             assert (score.dice, score.iou) == (0, 0)
             assert score.hd95_mm == pytest.approx(373.12866)
     assert all(score.sensitivity == 0 for score in score_case(nothing, tumour, ONE_MM))
-    assert pytest.approx((240**2 + 240**2 + 155**2) ** 0.5, abs=1e-5) == HD95_ONE_EMPTY_MM
+    assert (
+        pytest.approx((240**2 + 240**2 + 155**2) ** 0.5, abs=1e-5) == HD95_ONE_EMPTY_MM["brats2020"]
+    )
+
+
+def test_what_2026_leaves_undefined_is_none():
+    nothing = np.zeros((4, 4, 4), np.uint8)
+    for score in score_case(nothing, nothing, ONE_MM, rules="brats2026"):
+        assert (score.dice, score.iou, score.hd95_mm, score.nsd) == (None,) * 4
+        assert (score.lesion_dice, score.lesion_f1, score.tp) == (None, None, 0)
+    tumour = nothing.copy()
+    tumour[1, 2, 3] = 3
+    found = {s.region: s for s in score_case(nothing, tumour, ONE_MM, rules="brats2026")}
+    assert (found["ET"].dice, found["ET"].nsd, found["ET"].hd95_mm) == (0, 0, 373)
+    assert (found["ET"].lesion_dice, found["ET"].lesion_hd95_mm, found["ET"].fn) == (0, 373, 1)
+    assert found["SNFH"].dice is None
+
+
+@pytest.mark.parametrize("rules", ["brats2020", "brats2023"])
+def test_a_rule_names_no_nsd_before_2026(rules):
+    labels = np.zeros((6, 6, 6), np.uint8)
+    labels[1:4, 1:4, 1:4] = 3
+    for score in score_case(labels, labels, (1.0, 2.0, 3.0), rules=rules):
+        assert score.nsd is None
+        assert score.volume_mm3 == score.reference_volume_mm3 == 27 * 6
+        assert (score.lesion_dice is None) == (rules == "brats2020")
 
 
 def test_without_enhancing_tumour_only_that_region_is_empty():
     labels = np.zeros((4, 4, 4), np.uint8)
     labels[1:3, 1:3, 1:3] = 1
     assert validated(np.zeros_like(labels), labels) == [0, 0, 1]
-
-
-def surface(mask):
-    """Voxels of a mask with one of their six neighbours outside it, or outside the volume."""
-    padded = np.pad(mask, 1)
-    inside = np.ones_like(mask)
-    for axis in range(3):
-        for step in (-1, 1):
-            inside &= np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
-    return np.argwhere(mask & ~inside)
-
-
-def brute_hd95(one, other, spacing):
-    a, b = (surface(mask) * np.array(spacing) for mask in (one, other))
-    distances = np.linalg.norm(a[:, None] - b[None], axis=-1)
-    return max(np.percentile(distances.min(axis=axis), 95) for axis in (0, 1))
-
-
-def box(corner, size, shape=(20, 18, 16)):
-    mask = np.zeros(shape, bool)
-    mask[tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))] = True
-    return mask
-
-
-@pytest.mark.parametrize("spacing", [ONE_MM, (1.0, 2.0, 5.0), (0.4, 0.4, 3.0)])
-@pytest.mark.parametrize("shift", [(3, 0, 0), (0, 2, 0), (0, 0, 4), (2, 3, 1), (9, 8, 9)])
-def test_hd95_of_a_shifted_box(shift, spacing):
-    one, other = box((1, 2, 1), (6, 5, 4)), box(np.add((1, 2, 1), shift), (6, 5, 4))
-    assert hd95(one, other, spacing) == pytest.approx(brute_hd95(one, other, spacing), rel=1e-5)
-
-
-def test_hd95_of_far_slabs_is_their_distance_in_mm():
-    one, other = (box((place, 0, 0), (1, 18, 16)) for place in (2, 9))
-    assert hd95(one, other, (2.5, 1.0, 1.0)) == pytest.approx(7 * 2.5)
-
-
-@settings(max_examples=50)
-@given(MASKS, MASKS, st.sampled_from([ONE_MM, (1.0, 2.0, 3.0)]))
-def test_hd95_is_brute_force_and_symmetric(one, other, spacing):
-    if not (one.any() and other.any()):
-        expected = 0 if one.any() == other.any() else HD95_ONE_EMPTY_MM
-    else:
-        expected = brute_hd95(one, other, spacing)
-    assert hd95(one, other, spacing) == pytest.approx(expected, rel=1e-5)
-    assert hd95(other, one, spacing) == hd95(one, other, spacing)
 
 
 @given(LABELS)

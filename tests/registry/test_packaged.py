@@ -31,8 +31,8 @@ from raybrats.model.inference import (
     segment_prepared,
     uploaded,
 )
-from raybrats.model.metrics import region_dice, region_sizes
 from raybrats.model.network import load_weights, network_of, weights_of
+from raybrats.model.regions import region_dice, region_sizes
 from raybrats.phantom.phantom import make_phantom
 from raybrats.registry import load, tracking
 from raybrats.registry.register import register

@@ -47,14 +47,15 @@ def score_parts(evaluations: Mapping[str, Evaluation], quality: Rows) -> dict[st
     rows = found[0].rows if found else ()
     other = found[1].rows if found[1:] else ()
     agreement = volume_agreement(rows).items()
+    one_empty_mm = HD95_ONE_EMPTY_MM[found[0].rules] if found else 0.0
     return {
         "evaluation": found[0] if found else None,
         "regions": regions(rows),
         "titles": {s: t for s, t in TITLES.items() if not np.isnan(_array(rows, s)).all()},
         "table": _worst_first(_with_differences(_by_case(rows), _by_case(other))),
         "paired": paired(rows, other) if other else {},
-        "one_empty": bool((_array(rows, "hd95_mm") > HD95_ONE_EMPTY_MM - 0.1).any()),
-        "hd95_one_empty": HD95_ONE_EMPTY_MM,
+        "one_empty": bool((_array(rows, "hd95_mm") == one_empty_mm).any()),
+        "hd95_one_empty": one_empty_mm,
         "agreement": [(region, a, charts.agreement_chart(a)) for region, a in agreement],
         "trust": list(_trust(_by_case(rows), quality)),
         "looks": {str(row["case_id"]) for row in quality if row["look"]},

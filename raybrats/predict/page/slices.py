@@ -14,7 +14,7 @@ from PIL import Image
 
 from raybrats.data.prepare import Box, bounding_box
 from raybrats.label_set import GLIOMA, LabelSet
-from raybrats.model.metrics import region_mask
+from raybrats.model.regions import region_mask
 
 _BLUE, _VERMILION, _YELLOW, _GREEN = "#56b4e9", "#ff5a1f", "#f0e442", "#00c78f"
 """Okabe & Ito 2008, vermilion and green brightened."""
