@@ -41,7 +41,7 @@ OFFICIAL_2026 = {
     "fn": "fn",
     "lesion_f1": "rq",
 }
-CASES = [f"BraTS20_Training_{number:03d}" for number in range(1, 6)]
+CASES = [f"BraTS20_Training_{number:03d}" for number in (range(1, 6) if SOAK else (1, 5))]
 
 
 def pair_of(folder, case_id):
